@@ -1,0 +1,110 @@
+"""Images from a checkpoint, each from noise that depends on (seed, index) alone.
+
+    python sample.py runs/digits --classes 3,1,4 --steps 1 --seed 0 --out digits.png
+"""
+
+import argparse
+import math
+import os
+import sys
+from functools import partial
+from pathlib import Path
+
+import torch
+from PIL import Image
+from safetensors import SafetensorError, safe_open
+
+from data import generator
+from meanflow import sample
+from model import config, dit
+
+GAP = 4  # pixels between the images of a picture
+
+
+def load(path):
+    """Parameters {name: float32 tensor} and metadata {key: str} of a checkpoint: a safetensors file of weights, or the
+    newest ema-*.safetensors of a run's folder. Raises FileNotFoundError or ValueError, each with one line."""
+    path = Path(path)
+    if path.is_dir():
+        files = sorted(path.glob("ema-*.safetensors"))
+        if not files:
+            raise FileNotFoundError(f"{path} holds no ema-*.safetensors: train one with python train.py --out {path}")
+        path = files[-1]
+    elif not path.exists():
+        raise FileNotFoundError(f"{path} does not exist: give a run's folder or a .safetensors file of weights")
+    try:
+        with safe_open(path, "pt") as file:
+            params, metadata = {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
+        config(params)
+    except SafetensorError as error:
+        raise ValueError(f"{path} is not a complete safetensors file ({error}): give one that train.py wrote") from None
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    return {name: p.float().clone() for name, p in params.items()}, metadata
+
+
+def noise(seed, indices, shape):
+    """Standard normal noise, (len(indices), *shape) float32: sample i of `seed` is the same in whichever batch."""
+    return torch.stack([torch.randn(shape, generator=generator(seed, "samples", i)) for i in indices])
+
+
+def generate(params, classes, shape, *, steps=1, seed=0, batch=500):
+    """One image per entry of `classes`, (n, *shape) float32 in [-1, 1] on the CPU, from noise 0 ... n - 1 of `seed`."""
+    net, device = partial(dit, params), next(iter(params.values())).device
+    classes, images = torch.as_tensor(classes).to(device), []
+    for indices in torch.arange(len(classes)).split(batch):
+        images.append(sample(net, noise(seed, indices.tolist(), shape).to(device), classes[indices], steps).cpu())
+    return torch.cat(images).clamp(-1, 1)
+
+
+def save_grid(images, path, columns=10):
+    """Writes images, (n, 1 or 3, H, W) in [-1, 1], row by row into one picture, small ones enlarged to 32 pixels; to a
+    temporary name first, so that `path` never holds half of it. Raises ValueError for what cannot be a picture."""
+    path, (_, channels, height, width) = Path(path), images.shape
+    if channels not in (1, 3):
+        raise ValueError(f"images of {channels} channels cannot be shown: only grey (1) and colour (3) ones can")
+    if path.suffix.lower() not in Image.registered_extensions():
+        raise ValueError(f"{path} has no ending of a picture: name it .png")
+    zoom = max(1, 32 // max(height, width))
+    pixels = ((images + 1) * 127.5).round().clamp(0, 255).byte().permute(0, 2, 3, 1)
+    pixels = pixels.repeat_interleave(zoom, 1).repeat_interleave(zoom, 2).numpy()
+    down, across = height * zoom + GAP, width * zoom + GAP
+    size = (across * min(columns, len(images)) + GAP, down * math.ceil(len(images) / columns) + GAP)
+    picture = Image.new("L" if channels == 1 else "RGB", size, "gray")
+    for i, tile in enumerate(pixels):
+        corner = (GAP + i % columns * across, GAP + i // columns * down)
+        picture.paste(Image.fromarray(tile.squeeze(-1) if channels == 1 else tile), corner)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    picture.save(path.with_name(f"tmp-{path.name}"))
+    os.replace(path.with_name(f"tmp-{path.name}"), path)
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = lambda message: sys.exit(f"sample.py: {message}")  # one line, without the usage
+    parser.add_argument("checkpoint", help="a run's folder, or a safetensors file of weights")
+    parser.add_argument("--classes", help="comma-separated class numbers (default: the first ten)")
+    parser.add_argument("--steps", type=int, default=1, help="evaluations of the network (default: 1)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", default="samples.png", help="the picture to write (default: samples.png)")
+    args = parser.parse_args(argv)
+
+    params, metadata = load(args.checkpoint)
+    _, _, _, channels, count = config(params)
+    try:
+        classes = [int(c) for c in args.classes.split(",")] if args.classes else list(range(min(10, count)))
+    except ValueError:
+        raise ValueError(f"--classes {args.classes}: give class numbers with commas between, such as 3,1,4") from None
+    for c in classes:
+        if not 0 <= c < count:
+            raise ValueError(f"class {c} is out of range: {args.checkpoint} has classes 0 to {count - 1}")
+    side = int(metadata.get("resolution", 32))
+    save_grid(generate(params, classes, (channels, side, side), steps=args.steps, seed=args.seed), args.out)
+    print(args.out)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (ValueError, OSError) as error:
+        sys.exit(f"sample.py: {error}")

@@ -1,0 +1,96 @@
+"""fid.py: statistics that lose no digits, and the Fréchet distance where it is known."""
+
+from functools import reduce
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import fid
+
+seeds = st.integers(0, 2**31)
+
+
+def randn(seed, *shape):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def covariance(seed, d, rank=None):
+    a = randn(seed, d, rank or 2 * d)
+    return a @ a.T / a.shape[1]
+
+
+@given(seeds, st.lists(st.integers(1, 20), min_size=1, max_size=6).filter(lambda sizes: sum(sizes) > 1),
+       st.sampled_from([0.0, 1e6]))
+def test_statistics_are_those_of_all_items_at_once_however_they_come(seed, sizes, offset):
+    features = randn(seed, sum(sizes), 5)
+    count, mean, scatter = reduce(fid.accumulate, (features + offset).split(sizes), None)
+    mu, sigma = fid.statistics((count, mean, scatter))
+    assert count == len(features)
+    # at 1e6 the items themselves are rounded to 1e-10; sums of raw products would be off by 1e-4 and more
+    tolerance = 1e-12 + offset * 2e-15
+    assert (mu - offset - features.mean(0)).abs().max() <= tolerance
+    assert np.abs(sigma.numpy() - np.cov(features.numpy().T)).max() <= tolerance
+
+
+def test_statistics_of_single_precision_features_are_double():
+    mu, sigma = fid.statistics(fid.accumulate(None, randn(0, 9, 3).float()))
+    assert mu.dtype == sigma.dtype == torch.float64
+
+
+def test_one_item_has_no_covariance():
+    with pytest.raises(ValueError, match="at least 2 items, not 1"):
+        fid.statistics(fid.accumulate(None, randn(0, 1, 3)))
+
+
+@given(seeds, st.integers(1, 12))
+def test_equal_covariances_leave_the_distance_of_the_means(seed, d):
+    sigma, mu1, mu2 = covariance(seed, d), randn(seed + 1, d), randn(seed + 2, d)
+    assert abs(fid.frechet_distance(mu1, sigma, mu2, sigma) - (mu1 - mu2).square().sum()) < 1e-11 * (1 + d)
+
+
+@given(seeds, st.integers(1, 12), st.floats(0, 9), st.data())
+def test_scaled_covariance(seed, d, c, data):
+    sigma, mu = covariance(seed, d, data.draw(st.integers(1, d))), randn(seed + 1, d)  # of full rank and of less
+    want = (c**0.5 - 1) ** 2 * sigma.trace()
+    assert abs(fid.frechet_distance(mu, sigma, mu, c * sigma) - want) < 1e-11 * (1 + sigma.trace())
+
+
+@given(seeds, st.integers(2, 12))
+def test_commuting_covariances(seed, d):
+    a, b = randn(seed, d).square(), randn(seed + 1, d).square()
+    a[0], b[-1] = 0, 0
+    basis, mu = torch.linalg.qr(randn(seed + 2, d, d)).Q, randn(seed + 3, d)
+    want = (a.sqrt() - b.sqrt()).square().sum()
+    assert abs(fid.frechet_distance(mu, basis * a @ basis.T, mu, basis * b @ basis.T) - want) < 1e-10
+
+
+@given(seeds, st.integers(1, 12))
+def test_agrees_with_the_eigenvalues_of_the_product_and_is_symmetric(seed, d):
+    s1, s2, mu1, mu2 = covariance(seed, d), covariance(seed + 1, d), randn(seed + 2, d), randn(seed + 3, d)
+    root = np.sqrt(np.linalg.eigvals((s1 @ s2).numpy()).real).sum()
+    want = float((mu1 - mu2).square().sum() + s1.trace() + s2.trace()) - 2 * root
+    got = fid.frechet_distance(mu1, s1, mu2, s2)
+    assert abs(got - want) < 1e-8 and abs(got - fid.frechet_distance(mu2, s2, mu1, s1)) < 1e-10
+    assert fid.frechet_distance(mu1, s1, mu1, s1) < 1e-11 * (1 + s1.trace())
+
+
+def test_fewer_items_than_dimensions():
+    """Two subspaces at right angles: the distance is the sum of the traces, and rounding adds nothing visible."""
+    basis = torch.linalg.qr(randn(0, 300, 300)).Q
+    s1, s2 = (basis[:, part] * randn(1, 100).square() @ basis[:, part].T for part in (slice(0, 100), slice(100, 200)))
+    zero = torch.zeros(300, dtype=torch.float64)
+    assert abs(fid.frechet_distance(zero, s1, zero, s2) - s1.trace() - s2.trace()) < 1e-10
+    assert fid.frechet_distance(zero, s1, zero, s1) < 1e-10
+
+
+def test_nearest():
+    reals, points = randn(0, 50, 4), randn(1, 20, 4)
+    index, distance = fid.nearest(points, reals)
+    table = np.linalg.norm(points.numpy()[:, None] - reals.numpy(), axis=2)
+    assert (index.numpy() == table.argmin(1)).all() and np.allclose(distance, table.min(1), rtol=1e-12)
+    index, distance = fid.nearest(reals, reals, exclude_self=True)
+    assert (index != torch.arange(50)).all() and (distance > 0).all()
+    assert (fid.nearest(reals, reals)[1] == 0).all()

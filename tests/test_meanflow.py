@@ -1,0 +1,427 @@
+"""Properties of meanflow.py, in float64, on flows whose average velocity is known. test_mutants.py breaks the code on
+purpose, once for each, and sees the test named there fail."""
+
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import meanflow as mf
+import model
+
+seeds = st.integers(0, 2**31)
+unit = st.floats(0.02, 0.98)
+NULL = 4
+
+
+def randn(seed, *shape):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def times(seed, batch):
+    """(t, r) with r < t, (B,)."""
+    r, t = torch.rand(2, batch, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).sort(0).values
+    return t, r
+
+
+def points(seed, batch=6, dim=3):
+    """(z, t, r, y): a batch of points, times r < t and labels."""
+    y = torch.randint(NULL, (batch,), generator=torch.Generator().manual_seed(seed))
+    return randn(seed, batch, dim), *times(seed, batch), y
+
+
+def close(a, b, tolerance=1e-12):
+    assert a.shape == b.shape
+    assert (a - b).abs().max() <= tolerance * (1 + b.abs().max()), (a - b).abs().max()
+
+
+class Gaussian:
+    """The flow from N(0, 1) at t = 1 to N(m, s^2) at t = 0, in closed form. It keeps (z - mean) / deviation constant,
+    where mean = (1 - t) m and deviation^2 = (1 - t)^2 s^2 + t^2; m may depend on the class."""
+
+    def __init__(self, m, s):
+        self.m, self.s = m, s
+
+    def mean(self, t, y):
+        m = self.m[y] if isinstance(self.m, torch.Tensor) and self.m.ndim else self.m
+        return (1 - t) * m, m
+
+    def deviation(self, t):
+        return ((1 - t) ** 2 * self.s**2 + t**2).sqrt()
+
+    def velocity(self, z, t, r, y):
+        t = t[:, None]
+        mean, m = self.mean(t, y[:, None])
+        return (t - (1 - t) * self.s**2) / self.deviation(t) ** 2 * (z - mean) - m
+
+    def average(self, z, t, r, y):
+        """(z_t - z_r) / (t - r), with the difference of the deviations divided out, so that r = t is no exception."""
+        t, r = t[:, None], r[:, None]
+        mean, m = self.mean(t, y[:, None])
+        slope = ((1 + self.s**2) * (t + r) - 2 * self.s**2) / (self.deviation(t) + self.deviation(r))
+        return (z - mean) / self.deviation(t) * slope - m
+
+    def flow(self, z, t, r, y):
+        t, r = t[:, None], r[:, None]
+        before, after = self.mean(t, y[:, None])[0], self.mean(r, y[:, None])[0]
+        return after + self.deviation(r) / self.deviation(t) * (z - before)
+
+
+def mixture_velocity(z, t, r, y):
+    """The marginal velocity of the flow from N(0, 1) to three Gaussians in the plane."""
+    centres, width = torch.tensor([[1.0, 0.0], [-1.0, 0.5], [0.0, -1.5]], dtype=z.dtype), 0.4
+    t = t[:, None]
+    variance = (1 - t) ** 2 * width**2 + t**2
+    offset = z[:, None] - (1 - t)[..., None] * centres
+    posterior = torch.softmax(-offset.square().sum(-1) / (2 * variance), 1)[..., None]
+    return (posterior * (((t - (1 - t) * width**2) / variance)[..., None] * offset - centres)).sum(1)
+
+
+def integrate(velocity, z, t, r, y, steps=30):
+    """Where the flow of `velocity` takes z from t to r: classical Runge-Kutta."""
+    h = (r - t) / steps
+    for i in range(steps):
+        s = t + i * h
+        k1 = velocity(z, s, s, y)
+        k2 = velocity(z + h[:, None] / 2 * k1, s + h / 2, s, y)
+        k3 = velocity(z + h[:, None] / 2 * k2, s + h / 2, s, y)
+        k4 = velocity(z + h[:, None] * k3, s + h, s, y)
+        z = z + h[:, None] / 6 * (k1 + 2 * k2 + 2 * k3 + k4)
+    return z
+
+
+def network(seed, dim=3, width=16):
+    """A smooth net without any special property, and its parameters."""
+    w = [randn(seed, dim + 2, width) / 2, randn(seed + 1, width, dim) / 4, randn(seed + 2, NULL + 1, width)]
+    w = [p.requires_grad_() for p in w]
+
+    def net(z, t, r, y):
+        return torch.tanh(torch.cat((z, t[:, None], (t - r)[:, None]), 1) @ w[0] + w[2][y]) @ w[1]
+
+    return net, w
+
+
+# --- the path ---
+
+
+@given(seeds, unit)
+def test_path_runs_from_data_to_noise_at_velocity_v(seed, time):
+    x, e = randn(seed, 4, 3, 2, 2), randn(seed + 1, 4, 3, 2, 2)
+    t = torch.full((4,), time, dtype=torch.float64)
+    (z, v), (dz, _) = torch.func.jvp(lambda t: mf.interpolate(x, e, t), (t,), (torch.ones_like(t),))
+    close(dz, v)
+    close(z - mf.column(t, z) * v, x)
+    close(z + (1 - mf.column(t, z)) * v, e)
+
+
+# --- the identity ---
+
+
+@given(seeds, st.floats(-2, 2), st.floats(0.1, 3))
+def test_true_average_velocity_is_a_fixed_point_of_the_target(seed, m, s):
+    z, t, r, y = points(seed)
+    flow = Gaussian(m, s)
+    close(mf.target(flow.average, z, t, r, flow.velocity(z, t, r, y), y), flow.average(z, t, r, y))
+
+
+@given(seeds)
+@settings(max_examples=8)
+def test_true_average_velocity_is_a_fixed_point_on_a_mixture(seed):
+    y = torch.zeros(3, dtype=torch.int64)
+    z, (t, r) = randn(seed, 3, 2), times(seed, 3)
+    t, r = 0.1 + 0.9 * t, 0.1 + 0.8 * r
+
+    def average(z, t, r, y):
+        return (z - integrate(mixture_velocity, z, t, r, y)) / (t - r)[:, None]
+
+    r = torch.minimum(r, t - 0.05)
+    close(mf.target(average, z, t, r, mixture_velocity(z, t, r, y), y), average(z, t, r, y), 1e-6)
+
+
+def test_conditional_velocity_has_another_target():
+    flow, (_, t, r, y) = Gaussian(1.0, 0.5), points(0, batch=64)
+    z, v = mf.interpolate(1 + 0.5 * randn(1, 64, 3), randn(2, 64, 3), t)
+    gap = (mf.target(flow.average, z, t, r, v, y) - flow.average(z, t, r, y)).abs().mean()
+    assert gap > 0.1, gap
+
+
+@given(seeds, st.floats(-3, 3))
+def test_target_is_affine_in_v(seed, a):
+    (z, t, r, y), (net, _) = points(seed), network(seed)
+    v1, v2 = 3 * randn(seed + 1, 6, 3), 3 * randn(seed + 2, 6, 3)
+    goal = partial(mf.target, net, z, t, r, y=y)
+    close(goal(v=a * v1 + (1 - a) * v2), a * goal(v=v1) + (1 - a) * goal(v=v2), 1e-11)
+
+
+@given(seeds)
+def test_target_is_v_where_r_equals_t(seed):
+    (z, t, _, y), (net, _) = points(seed), network(seed)
+    v = randn(seed + 1, 6, 3)
+    close(mf.target(net, z, t, t, v, y), v)
+
+
+@given(seeds)
+def test_no_gradient_flows_through_target_and_guidance(seed):
+    (z, t, r, y), (net, _) = points(seed), network(seed)
+    v = randn(seed + 1, 6, 3)
+    assert not mf.target(net, z, t, r, v, y).requires_grad
+    assert not mf.guide(net, z, t, v, y, null=NULL, omega=2.0, kappa=0.5).requires_grad
+
+
+# --- sampling ---
+
+
+@given(seeds, st.floats(-2, 2), st.floats(0.1, 3), unit, unit)
+def test_displacements_add_up_along_the_flow(seed, m, s, a, b):
+    flow, (z, _, _, y) = Gaussian(m, s), points(seed)
+    t, middle, r = 1.0, max(a, b) - 1e-3, min(a, b) - 2e-3
+    direct = mf.sample(flow.average, z, y, (t, r))
+    close(mf.sample(flow.average, z, y, (t, middle, r)), direct)
+    close(mf.sample(flow.average, mf.sample(flow.average, z, y, (t, middle)), y, (middle, r)), direct)
+
+
+@given(seeds, st.floats(-2, 2), st.floats(0.1, 3), st.integers(1, 5))
+def test_any_number_of_steps_lands_where_the_ode_does(seed, m, s, steps):
+    flow, (e, _, _, y) = Gaussian(m, s), points(seed)
+    ones = torch.ones(len(e), dtype=torch.float64)
+    exact = flow.flow(e, ones, 0 * ones, y)
+    close(integrate(flow.velocity, e, ones, 0 * ones, y, 400), exact, 1e-5)
+    close(mf.sample(flow.average, e, y, steps), exact)
+    close(mf.sample(flow.average, e, y, [1 - i / steps for i in range(steps + 1)]), exact)
+
+
+@pytest.mark.parametrize("steps", [0, -1, (1.0,), (0.0, 1.0), (1.0, 1.0), (1.5, 0.0), (1.0, -0.1), (1.0, float("nan"))])
+def test_impossible_steps_are_refused(steps):
+    with pytest.raises(ValueError, match="steps"):
+        mf.sample(Gaussian(0.0, 1.0).average, randn(0, 2, 3), torch.zeros(2, dtype=torch.int64), steps)
+
+
+# --- guidance ---
+
+
+@given(seeds, st.floats(0.1, 3), st.floats(0, 0.95))
+def test_guided_field_is_a_fixed_point_at_scale_omega_over_one_minus_kappa(seed, omega, kappa):
+    z, t, _, y = points(seed)
+    flow, scale = Gaussian(randn(seed, NULL + 1), 0.7), omega / (1 - kappa)
+    null = torch.full_like(y, NULL)
+
+    def guided(z, t, r, y):
+        return scale * flow.velocity(z, t, r, y) + (1 - scale) * flow.velocity(z, t, r, null)
+
+    def net(z, t, r, y):
+        return torch.where((y == NULL)[:, None], flow.velocity(z, t, r, y), guided(z, t, r, y))
+
+    got = mf.guide(net, z, t, flow.velocity(z, t, t, y), y, null=NULL, omega=omega, kappa=kappa)
+    close(got, guided(z, t, t, y), 1e-10)
+
+
+@given(seeds)
+def test_omega_1_kappa_0_is_no_guidance_and_needs_no_network(seed):
+    z, t, _, y = points(seed)
+    v = randn(seed + 1, 6, 3)
+    close(mf.guide(None, z, t, v, y, null=NULL, omega=1.0, kappa=0.0), v, 0)
+
+
+@given(seeds, unit, unit, st.floats(0.5, 3), st.floats(0, 0.9))
+def test_guidance_leaves_alone_dropped_rows_and_times_outside_the_interval(seed, a, b, omega, kappa):
+    (z, t, _, y), (net, _) = points(seed, batch=40), network(seed)
+    v, low, high = randn(seed + 1, 40, 3), min(a, b), max(a, b)
+    y[::3] = NULL
+    kw = dict(null=NULL, omega=omega, kappa=kappa)
+    got, everywhere = mf.guide(net, z, t, v, y, interval=(low, high), **kw), mf.guide(net, z, t, v, y, **kw)
+    inside = (low <= t) & (t <= high) & (y != NULL)
+    close(got[~inside], v[~inside], 0) if (~inside).any() else None
+    close(got[inside], everywhere[inside], 0) if inside.any() else None
+    if abs(omega - 1) + kappa > 0.1:
+        assert (everywhere[y != NULL] != v[y != NULL]).any(1).all()
+
+
+# --- the loss ---
+
+
+def draws(seed, batch, dim=3, equal=None):
+    """Draws with r = t in random rows, or in the first `equal`, and dropped labels in random rows."""
+    g = torch.Generator().manual_seed(seed)
+    t, r = times(seed, batch)
+    same = torch.rand(batch, generator=g) < 0.5 if equal is None else torch.arange(batch) < equal
+    return mf.Draws(randn(seed + 1, batch, dim), t, torch.where(same, t, r), torch.rand(batch, generator=g) < 0.3)
+
+
+def whole_batch_loss(net, x, y, draws, *, null, omega, kappa, interval, p, c):
+    """The loss as the authors' code forms it: guidance and one jvp over all rows, none of them treated apart."""
+    e, t, r, drop = draws
+    y = torch.where(drop, null, y)
+    z, v = (1 - t[:, None]) * x + t[:, None] * e, e - x
+    with torch.no_grad():
+        v_g = omega * v + kappa * net(z, t, t, y) + (1 - omega - kappa) * net(z, t, t, torch.full_like(y, null))
+        guided = (t >= interval[0]) & (t <= interval[1]) & ~drop
+        v_g = torch.where(guided[:, None], v_g, v)
+    tangents = (v_g, torch.ones_like(t), torch.zeros_like(t))
+    u, dudt = torch.func.jvp(lambda z, t, r: net(z, t, r, y), (z, t, r), tangents)
+    error = u - (v_g - (t - r)[:, None] * dudt).detach()
+    s = (error * error).sum(1)
+    return s * ((s + c) ** -p).detach()
+
+
+MODES = [dict(omega=1.0, kappa=0.0), dict(omega=2.0, kappa=0.0), dict(omega=1.0, kappa=0.5), dict(omega=0.2, kappa=0.92)]
+
+
+@given(seeds, st.sampled_from(MODES), st.sampled_from([(0.0, 1.0), (0.2, 0.7)]), st.integers(1, 9), st.data())
+def test_splitting_the_rows_changes_neither_value_nor_gradient(seed, mode, interval, batch, data):
+    equal = data.draw(st.none() | st.integers(0, batch))
+    kw = dict(null=NULL, interval=interval, p=0.75, c=1e-3, **mode)
+    d, x = draws(seed, batch, equal=equal), randn(seed + 5, batch, 3)
+    y = torch.randint(NULL, (batch,), generator=torch.Generator().manual_seed(seed))
+    net, w = network(seed)
+    want = whole_batch_loss(net, x, y, d, **kw)
+    want_gradients = torch.autograd.grad(want.sum(), w)
+    for count in {None, equal}:
+        got, raw = mf.loss(net, x, y, d, equal=count, **kw)
+        close(got, want)
+        close(torch.cat((raw["equal"], raw["differ"])) * (torch.cat((raw["equal"], raw["differ"])) + 1e-3) ** -0.75, want)
+        for a, b in zip(torch.autograd.grad(got.sum(), w), want_gradients):
+            close(a, b)
+    assert len(raw["equal"]) == (int((d.t == d.r).cumprod(0).sum()) if equal is None else equal)
+
+
+@given(seeds, st.floats(0, 1.5), st.floats(1e-4, 1))
+def test_gradient_is_that_of_the_squared_error_times_a_constant_weight(seed, p, c):
+    (net, w), d, x = network(seed), draws(seed, 7), randn(seed + 5, 7, 3)
+    y = torch.zeros(7, dtype=torch.int64)
+    each, raw = mf.loss(net, x, y, d, null=NULL, p=p, c=c)
+    plain, _ = mf.loss(net, x, y, d, null=NULL, p=0.0, c=c)
+    s = torch.cat((raw["equal"], raw["differ"]))
+    assert not s.requires_grad
+    close(plain.detach(), s)
+    close(each.detach(), s / (s + c) ** p)
+    for a, b in zip(torch.autograd.grad(each.sum(), w), torch.autograd.grad((plain / (s + c) ** p).sum(), w)):
+        close(a, b)
+
+
+@given(seeds, st.integers(2, 5))
+def test_squared_error_is_summed_not_averaged(seed, copies):
+    """Data that repeat themselves have an error as many times as large, on a net that acts on each copy alone."""
+    net, _ = network(seed)
+    d, x, y = draws(seed, 5), randn(seed + 5, 5, 3), torch.zeros(5, dtype=torch.int64)
+
+    def wide(z, t, r, y):
+        return torch.stack([net(copy, t, r, y) for copy in z.unbind(1)], 1)
+
+    repeat = lambda a: a[:, None].expand(-1, copies, -1)
+    one, _ = mf.loss(net, x, y, d, null=NULL, p=0.0)
+    many, _ = mf.loss(wide, repeat(x), y, d._replace(e=repeat(d.e)), null=NULL, p=0.0)
+    close(many, copies * one)
+
+
+def test_minimising_the_loss_finds_the_flow():
+    """Over all flows to a Gaussian, the minimiser of the plain squared loss is the true one, from a start far off."""
+    truth, g = (0.8, 0.5), torch.Generator().manual_seed(0)
+    w = torch.tensor([-1.0, 0.7], dtype=torch.float64, requires_grad=True)  # mean, log of the deviation
+    adam = torch.optim.Adam([w], lr=0.05, betas=(0.9, 0.95))
+    y, path = torch.zeros(4096, dtype=torch.int64), []
+    for step in range(300):
+        adam.param_groups[0]["lr"] = 0.05 * (1 - step / 300)
+        x = truth[0] + truth[1] * torch.randn(4096, 1, generator=g, dtype=torch.float64)
+        d = mf.draw(x.shape, generator=g, share=0.25)
+        d = mf.Draws(d.e.double(), d.t.double(), d.r.double(), d.drop)
+        each, _ = mf.loss(Gaussian(w[0], w[1].exp()).average, x, y, d, null=1, p=0.0)
+        adam.zero_grad()
+        each.mean().backward()
+        adam.step()
+        path.append((w[0].item(), w[1].exp().item()))
+    mean, deviation = torch.tensor(path[-50:]).mean(0)
+    assert abs(mean - truth[0]) < 0.02 and abs(deviation - truth[1]) < 0.02, (mean, deviation)
+
+
+# --- the draws ---
+
+
+@given(seeds, st.integers(1, 300), st.floats(0, 1))
+def test_a_fixed_share_of_the_rows_has_r_equal_t_and_comes_first(seed, batch, share):
+    e, t, r, drop = mf.draw((batch, 2), generator=torch.Generator().manual_seed(seed), share=share)
+    equal = int(share * batch)
+    assert e.shape == (batch, 2) and t.shape == r.shape == drop.shape == (batch,) and drop.dtype == torch.bool
+    assert (t[:equal] == r[:equal]).all() and (t[equal:] > r[equal:]).all()
+    assert (0 < r).all() and (t < 1).all()
+    assert (drop.int().diff() <= 0).all()  # dropped rows come first
+
+
+@pytest.mark.parametrize("mean, std", [(-0.4, 1.0), (-2.0, 2.0)])
+def test_draws_have_the_distribution_of_the_paper(mean, std):
+    n = 200_000
+    e, t, r, drop = mf.draw((n, 2), generator=torch.Generator().manual_seed(0), share=0.0, drop=0.1, mean=mean, std=std)
+    logits = torch.logit(torch.cat((t, r)).double())
+    grid = mean + std * torch.linspace(-2, 2, 9, dtype=torch.float64)
+    normal = 0.5 * (1 + torch.erf((grid - mean) / std / 2**0.5))
+    assert ((logits[:, None] < grid).double().mean(0) - normal).abs().max() < 0.004
+    # the larger of two draws has the square of the distribution function: neither is r shifted, nor are they one draw
+    assert ((torch.logit(t.double())[:, None] < grid).double().mean(0) - normal**2).abs().max() < 0.005
+    assert abs(drop.double().mean() - 0.1) < 0.003
+    assert abs(e.mean()) < 0.01 and abs(e.std() - 1) < 0.01
+
+
+def test_default_draws_are_those_of_the_imagenet_recipe():
+    d = mf.draw((200_000, 1), generator=torch.Generator().manual_seed(0))
+    assert (d.t == d.r).sum() == 150_000
+    assert abs(torch.logit(torch.cat((d.t[150_000:], d.r[150_000:]))).mean() + 0.4) < 0.01
+    assert abs(d.drop.double().mean() - 0.1) < 0.003
+
+
+def test_the_number_of_dropped_rows_is_binomial():
+    counts = [mf.draw((64, 1), generator=torch.Generator().manual_seed(i)).drop.sum().item() for i in range(2000)]
+    assert abs(np.mean(counts) - 6.4) < 0.2 and abs(np.var(counts) - 5.76) < 0.6
+
+
+# --- the authors' numbers ---
+
+GOLDEN = np.load(Path(__file__).with_name("authors-tiny.npz"))
+
+
+@pytest.mark.parametrize("mode, scales", [("none", {}), ("cfg", dict(omega=2.0)), ("mix", dict(kappa=0.5))])
+def test_agrees_with_the_authors_code(mode, scales):
+    """Forward, du/dt, guided velocity, losses and gradients of a one-layer DiT, as the authors' JAX code computes them."""
+    gold = {name.removeprefix(f"{mode}."): torch.from_numpy(GOLDEN[name]) for name in GOLDEN.files}
+    params = {name[2:]: gold[name].float().requires_grad_() for name in gold if name.startswith("w.")}
+    net, x, y, t, r = partial(model.dit, params), gold["x"], gold["y"], gold["t"], gold["r"]
+
+    def near(got, want, tolerance=2e-6):
+        assert got.shape == want.shape
+        assert (got.detach() - want).norm() <= tolerance * want.norm(), ((got.detach() - want).norm() / want.norm())
+
+    d = mf.Draws(gold["e"], t, r, gold["drop"])
+    dropped = torch.where(d.drop, 10, y)
+    z, v = mf.interpolate(x, d.e, t)
+    v_g = mf.guide(net, z, t, v, dropped, null=10, **{"omega": 1.0, "kappa": 0.0, **scales})
+    near(v_g, gold["vg"])
+    near(net(z, t, r, dropped), gold["u"])
+    seen = []
+
+    def jvp(f, primals, tangents):
+        seen.append(torch.func.jvp(f, primals, tangents))
+        return seen[-1]
+
+    near(mf.target(net, z, t, r, v_g, dropped, jvp=jvp), v_g - mf.column(t - r, z) * gold["dudt"])
+    near(seen[0][1], gold["dudt"])
+    each, raw = mf.loss(net, x, y, d, null=10, **scales)
+    near(torch.cat((raw["equal"], raw["differ"])), gold["raw"])
+    near(each.mean(), gold["loss"])
+    each.mean().backward()
+    for name, p in params.items():
+        want = gold[f"g.{name}"]
+        near(p.grad if want.numel() > 1 else p.grad.norm().reshape(1), want, 2e-5)
+
+
+# --- the file by itself ---
+
+
+def test_the_file_works_alone(tmp_path):
+    (tmp_path / "meanflow.py").write_text(Path(mf.__file__).read_text())
+    code = "import meanflow; meanflow.toy(iterations=3, batch=8)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.count("MeanFlow") == 3, done.stderr

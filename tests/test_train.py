@@ -1,0 +1,191 @@
+"""train.py: the same run whether it is undisturbed, killed or shared, and bad input answered in one line."""
+
+import json
+import os
+import random
+import runpy
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import train
+
+ROOT = Path(train.__file__).parent
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+def command(out, *flags, steps=60):
+    return ["train.py", "--out", str(out), "--batch", "16", "--steps", str(steps), "--save", "10", *flags]
+
+
+def run(*words):
+    return subprocess.run([sys.executable, *words], cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, check=True, timeout=120)
+
+
+def losses(folder):
+    entries = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()[1:]]
+    return [{key: value for key, value in entry.items() if key != "time"} for entry in entries]
+
+
+def final(folder, step=60):
+    return [load_file(folder / f"{kind}-{step:08}.safetensors") for kind in ("ema", "state")]
+
+
+def assert_same_bits(a, b):
+    for left, right in zip(a, b):
+        assert left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("undisturbed") / "run"
+    return folder, run(*command(folder)).stdout
+
+
+def test_a_run_leaves_what_it_promises(undisturbed):
+    folder, printed = undisturbed
+    assert {p.name for p in folder.iterdir()} == {"log.jsonl"} | {f"grid-{k:08}.png" for k in range(10, 61, 10)} | {
+        f"{kind}-{k:08}.safetensors" for kind in ("ema", "state") for k in (50, 60)}
+    first = json.loads((folder / "log.jsonl").read_text().splitlines()[0])
+    assert first["size"] == "T/2" and first["batch"] == 16 and first["seed"] == 0 and first["torch"] == torch.__version__
+    assert [entry["step"] for entry in losses(folder)] == [10, 20, 30, 40, 50, 60]
+    assert losses(folder)[-1]["raw_equal"] < losses(folder)[0]["raw_equal"]
+    for words in ("1 evaluation ", "2 evaluations", "4 evaluations", "raw pixels", str(folder / "grid-00000060.png")):
+        assert words in printed
+
+
+def test_the_same_seed_gives_the_same_run_and_another_seed_another(undisturbed, tmp_path):
+    run(*command(tmp_path / "again"))
+    assert losses(tmp_path / "again") == losses(undisturbed[0])
+    assert_same_bits(final(tmp_path / "again"), final(undisturbed[0]))
+    run(*command(tmp_path / "other", "--seed", "1", steps=10))
+    assert losses(tmp_path / "other")[0]["loss"] != losses(undisturbed[0])[0]["loss"]
+
+
+def test_a_run_killed_at_random_continues_as_if_nothing_had_happened(undisturbed, tmp_path):
+    folder, chance, kills = tmp_path / "run", random.Random(0), 0
+    while True:
+        before = train.newest(folder)
+        process = subprocess.Popen([sys.executable, *command(folder)], cwd=ROOT, env=ENVIRONMENT,
+                                   stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        while kills < 4 and process.poll() is None and train.newest(folder) == before:
+            time.sleep(0.01)
+        time.sleep(0.6 * chance.random())
+        if kills == 4 or process.poll() is not None:
+            assert process.wait() == 0
+            break
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        kills += 1
+        with (folder / "log.jsonl").open("a") as log:
+            log.write('{"step": 5')  # what a kill within a write leaves
+    assert kills > 1 and losses(folder) == losses(undisturbed[0])
+    assert_same_bits(final(folder), final(undisturbed[0]))
+
+
+def test_a_longer_run_continues_a_shorter_one(undisturbed, tmp_path):
+    run(*command(tmp_path / "run", steps=20))
+    run(*command(tmp_path / "run"))
+    assert_same_bits(final(tmp_path / "run"), final(undisturbed[0]))
+
+
+def test_two_processes_train_the_same_run(undisturbed, tmp_path):
+    run("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *command(tmp_path / "run", steps=20))
+    for shared, alone in zip(losses(tmp_path / "run"), losses(undisturbed[0])):
+        assert shared == pytest.approx(alone, rel=1e-4)
+
+
+def test_the_objective_averages_gradients_over_processes(tmp_path):
+    """Two processes' gradients are those of the whole batch in one."""
+    script = tmp_path / "gradients.py"
+    script.write_text(f"""
+import sys; sys.path.insert(0, {str(ROOT)!r})
+import os, torch, torch.distributed as dist, data, model, train
+from meanflow import Draws, draw
+rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+g = torch.Generator().manual_seed(0)
+params = {{name: torch.nn.Parameter((p + 0.02 * torch.randn(p.shape, generator=g)).double())
+          for name, p in model.init("T/2", channels=1, classes=10, generator=g).items()}}
+x, y = torch.randn(16, 1, 8, 8, generator=g).double(), torch.arange(16) % 10
+draws = [d.double() if d.is_floating_point() else d for d in draw(x.shape, generator=g)]
+objective = train.Objective(params, null=10, omega=0.2, kappa=0.92)
+if world > 1:
+    dist.init_process_group("gloo")
+    objective = torch.nn.parallel.DistributedDataParallel(objective)
+mine = Draws(*(d[rank::world] for d in draws))
+objective(x[rank::world], y[rank::world], mine, int((mine.t == mine.r).sum()))[0].backward()
+if rank == 0:
+    torch.save({{name: p.grad for name, p in params.items()}}, {str(tmp_path)!r} + f"/{{world}}.pt")
+if world > 1:
+    dist.destroy_process_group()
+""")
+    run(str(script))
+    run("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script))
+    one, two = (torch.load(tmp_path / f"{world}.pt", weights_only=True) for world in (1, 2))
+    for name in one:
+        assert (one[name] - two[name]).norm() <= 1e-12 * one[name].norm(), name
+
+
+# --- bad input ---
+
+
+def fails(monkeypatch, *argv):
+    """The message with which the script ends, as the interpreter would print it."""
+    monkeypatch.setattr(sys, "argv", [str(a) for a in argv])
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(argv[0], run_name="__main__")
+    assert isinstance(end.value.code, str) and "\n" not in end.value.code and end.value.code.startswith(f"{argv[0]}: ")
+    return end.value.code
+
+
+@pytest.mark.parametrize("flags, words", [
+    (["--size", "Q"], "--size Q is unknown: choose one of T/2, B/4"),
+    (["--steps", "0"], "--steps 0: give a number above 0"),
+    (["--batch", "-3"], "--batch -3: give a number above 0"),
+    (["--lr", "nan"], "--lr nan: give a number above 0"),
+    (["--save", "0"], "--save 0: give a number above 0"),
+    (["--save", "often"], "argument --save: invalid int value: 'often'"),
+    (["--speed", "9"], "unrecognized arguments: --speed 9"),
+])
+def test_bad_arguments(monkeypatch, tmp_path, flags, words):
+    assert words in fails(monkeypatch, "train.py", "--out", tmp_path / "run", *flags)
+    assert not (tmp_path / "run").exists()
+
+
+def snapshot(folder):
+    return {p.name: p.read_bytes() for p in folder.iterdir()}
+
+
+@pytest.mark.parametrize("flags, words", [
+    (["--size", "B/4"], "holds a run with size T/2, not B/4: choose another --out"),
+    (["--seed", "7"], "holds a run with seed 0, not 7: choose another --out"),
+    (["--batch", "8"], "holds a run with batch 16, not 8: choose another --out"),
+])
+def test_another_runs_folder_is_left_as_it_is(monkeypatch, undisturbed, flags, words):
+    before = snapshot(undisturbed[0])
+    assert words in fails(monkeypatch, *command(undisturbed[0], *flags))
+    assert snapshot(undisturbed[0]) == before
+
+
+def test_a_folder_with_a_foreign_log_is_left_as_it_is(monkeypatch, tmp_path):
+    for text in ("", "[1]\n", '{"epoch": 1}\n', "hello\n"):
+        (tmp_path / "log.jsonl").write_text(text)
+        message = fails(monkeypatch, *command(tmp_path))
+        assert "choose another --out" in message and (tmp_path / "log.jsonl").read_text() == text
+
+
+def test_damaged_state_is_named(monkeypatch, undisturbed, tmp_path):
+    for name, content in snapshot(undisturbed[0]).items():
+        (tmp_path / name).write_bytes(content[:5000] if name == "state-00000060.safetensors" else content)
+    message = fails(monkeypatch, *command(tmp_path, steps=70))
+    assert "state-00000060.safetensors is damaged" in message and "delete it" in message
+    (tmp_path / "state-00000060.safetensors").unlink()
+    run(*command(tmp_path))
+    assert_same_bits(final(tmp_path), final(undisturbed[0]))

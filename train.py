@@ -1,0 +1,263 @@
+"""Trains MeanFlow: on the embedded digits without any argument, in about two minutes on a laptop.
+
+    python train.py
+    torchrun --nproc-per-node 2 train.py            the same run, shared by two processes
+    python train.py --size B/4 --out runs/large
+
+The same command continues a run that was stopped, from its last save. A run's folder holds
+
+    ema-STEP.safetensors      averaged weights, what sample.py takes and what people share
+    state-STEP.safetensors    weights and Adam's moments, what continuing takes
+    grid-STEP.png             one-step samples of the averaged weights, always from the same noise
+    log.jsonl                 first the arguments, then the losses of every 50 steps
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from tqdm import tqdm
+
+import data
+import fid
+from meanflow import Draws, draw, loss
+from model import SIZES, config, dit, init
+from sample import generate, load, save_grid
+
+LOG_EVERY = 50  # steps
+KEEP = 2  # saves; the last but one in case the last is damaged
+MOMENTS = ("exp_avg", "exp_avg_sq")  # of Adam
+
+
+class Recipe(NamedTuple):
+    omega: float  # guidance: effective scale omega / (1 - kappa)
+    kappa: float
+    interval: tuple  # times at which it acts
+    lr: float
+    batch: int
+    steps: int
+    ema: float
+
+
+EPOCHS_240 = 240 * 1281167 // 256  # of ImageNet, as in the paper
+RECIPES = {  # Table 4 and the authors' code
+    "T/2": Recipe(1.0, 0.33, (0.0, 1.0), 2e-3, 64, 2500, 0.998),  # ours, for the digits
+    "B/4": Recipe(1.0, 0.5, (0.0, 1.0), 1e-4, 256, EPOCHS_240, 0.9999),
+    "B/2": Recipe(1.0, 0.5, (0.0, 1.0), 1e-4, 256, EPOCHS_240, 0.9999),
+    "M/2": Recipe(1.0, 0.5, (0.0, 1.0), 1e-4, 256, EPOCHS_240, 0.9999),  # guidance assumed: not in the paper
+    "L/2": Recipe(0.2, 0.92, (0.0, 0.8), 1e-4, 256, EPOCHS_240, 0.9999),
+    "XL/2": Recipe(0.2, 0.92, (0.0, 0.75), 1e-4, 256, EPOCHS_240, 0.9999),
+}
+
+
+class Objective(torch.nn.Module):
+    """A module whose forward is the loss, for DistributedDataParallel to wrap. Wrapping the network would not do: jvp
+    fails on the wrapper, and on the network inside of it trains without ever averaging gradients."""
+
+    def __init__(self, params, **options):
+        super().__init__()
+        self.names, self.weights, self.options = list(params), torch.nn.ParameterList(params.values()), options
+
+    def forward(self, x, y, draws, equal):
+        each, raw = loss(partial(dit, dict(zip(self.names, self.weights))), x, y, draws, equal=equal, **self.options)
+        sums = [each.detach().sum(), raw["equal"].sum(), raw["differ"].sum()]
+        return each.mean(), torch.stack(sums).double()
+
+
+def write(path, tensors, metadata=None):
+    """Saves tensors such that `path` is there either whole or not at all, whenever the process is killed."""
+    temporary = path.with_name(f"tmp-{path.name}")
+    save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, temporary, metadata)
+    with open(temporary, "rb") as file:
+        os.fsync(file.fileno())
+    os.chmod(temporary, 0o644)  # safetensors lets only the owner read what it writes
+    os.replace(temporary, path)
+
+
+def newest(folder):
+    """The last step of which a run's folder holds both files, or 0."""
+    saved = [{int(p.stem.split("-")[1]) for p in folder.glob(f"{kind}-*.safetensors")} for kind in ("ema", "state")]
+    return max(set.intersection(*saved), default=0)
+
+
+def save(folder, step, params, ema, adam, metadata):
+    """Writes state, then averaged weights (their being there says that both are), then drops all but KEEP saves."""
+    state = {f"weights.{name}": p for name, p in params.items()}
+    state |= {f"{moment}.{name}": adam.state[p][moment] for moment in MOMENTS for name, p in params.items()}
+    write(folder / f"state-{step:08}.safetensors", state)
+    write(folder / f"ema-{step:08}.safetensors", ema, metadata | {"step": str(step)})
+    for kind in ("ema", "state"):
+        for path in sorted(folder.glob(f"{kind}-*.safetensors"))[:-KEEP]:
+            path.unlink()
+
+
+def restore(folder, step, params, ema, adam):
+    """Puts a save back in place: the tensors are copied into those that are there."""
+    path = folder / f"state-{step:08}.safetensors"
+    try:
+        state = load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged ({error}): delete it to continue from the save before") from None
+    averaged, _ = load(folder / f"ema-{step:08}.safetensors")
+    for name, p in params.items():
+        adam.state[p] = {"step": torch.tensor(float(step), device=p.device)}
+        adam.state[p] |= {moment: state[f"{moment}.{name}"].to(p.device, copy=True) for moment in MOMENTS}
+        p.data.copy_(state[f"weights.{name}"])
+        ema[name].copy_(averaged[name])
+
+
+def open_log(folder, step, run):
+    """log.jsonl opened for appending, cut back to `step`. Raises ValueError if it is another run's."""
+    path, lines = folder / "log.jsonl", [json.dumps(run)]
+    if path.exists():
+        first, *rest = path.read_text().splitlines() or [""]
+        try:
+            before = dict(json.loads(first))
+        except (ValueError, TypeError):
+            raise ValueError(f"{path} does not begin with a run's arguments: choose another --out") from None
+        for key in run.keys() - {"steps", "commit", "torch"}:
+            if before.get(key) != run[key]:
+                raise ValueError(f"{folder} holds a run with {key} {before.get(key)}, not {run[key]}: choose another --out")
+        # The last line is cut short where the process was killed writing it, but then it is later than any save.
+        lines = [first] + [line for line in rest if line.endswith("}") and json.loads(line)["step"] <= step]
+    temporary = path.with_name("tmp-log.jsonl")
+    temporary.write_text("".join(f"{line}\n" for line in lines))
+    os.replace(temporary, path)
+    return path.open("a", buffering=1)
+
+
+def report(params, images, labels, seed):
+    """Prints how good 1, 2 and 4 evaluations are, over 1,000 samples of all classes in turn, and the like of the data."""
+    reals = images.flatten(1)
+    truth = fid.statistics(fid.accumulate(None, reals))
+    classes = torch.arange(1000) % config(params).classes
+    print(f"1,000 samples against {len(reals):,} real images; Fréchet distance of raw pixels in [-1, 1], not Inception's\n"
+          "                nearest real is of the class   Fréchet distance   median distance to the nearest real")
+    for steps in (1, 2, 4):
+        samples = generate(params, classes, images.shape[1:], steps=steps, seed=seed).flatten(1)
+        index, distance = fid.nearest(samples, reals)
+        score = fid.frechet_distance(*fid.statistics(fid.accumulate(None, samples)), *truth)
+        line(f"{steps} evaluation{'s' * (steps > 1)}", labels[index] == classes, score, distance)
+    index, distance = fid.nearest(reals, reals, exclude_self=True)
+    halves = [fid.statistics(fid.accumulate(None, half)) for half in (reals[::2], reals[1::2])]
+    line("real images", labels[index] == labels, fid.frechet_distance(*halves[0], *halves[1]), distance)
+
+
+def line(name, right, score, distance):
+    print(f"{name:16}{right.double().mean():>28.1%}{score:>19.2f}{distance.median():>38.2f}")
+
+
+def arguments(argv):
+    """(folder, seed, steps between saves, size, Recipe) as the command line gives them."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = lambda message: sys.exit(f"train.py: {message}")  # one line, without the usage
+    parser.add_argument("--size", default="T", help=f"{', '.join(RECIPES)}; /2 may be left out (default: T)")
+    parser.add_argument("--out", type=Path, default=Path("runs/digits"), help="the run's folder (default: runs/digits)")
+    parser.add_argument("--steps", type=int, help="training ends after this many (default: the size's recipe)")
+    parser.add_argument("--batch", type=int, help="images per step, over all processes (default: the size's recipe)")
+    parser.add_argument("--lr", type=float, help="Adam's step size, constant (default: the size's recipe)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--save", type=int, default=500, help="steps between saves (default: 500)")
+    args = parser.parse_args(argv)
+    size = args.size if args.size in RECIPES else f"{args.size}/2"
+    if size not in RECIPES:
+        raise ValueError(f"--size {args.size} is unknown: choose one of {', '.join(RECIPES)}")
+    for name in ("steps", "batch", "lr", "save"):
+        value = getattr(args, name)
+        if value is not None and not value > 0:
+            raise ValueError(f"--{name} {value}: give a number above 0")
+    given = {name: getattr(args, name) for name in ("steps", "batch", "lr") if getattr(args, name) is not None}
+    return args.out, args.seed, args.save, size, RECIPES[size]._replace(**given)
+
+
+def commit():
+    """This file's git commit, "+" behind it where files differ from it, or None outside a repository."""
+    git = ["git", "-C", Path(__file__).parent, "describe", "--always", "--abbrev=40", "--dirty=+", "--exclude=*"]
+    try:
+        return subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def train(folder, seed, save_every, size, recipe, images, labels, rank, world, device):
+    """Runs or continues a run up to recipe.steps. Returns the averaged weights."""
+    shape, classes = images.shape[1:], int(labels.max()) + 1
+    fresh = init(size, channels=shape[0], classes=classes, generator=data.generator(seed, "init", 0))
+    params = {name: torch.nn.Parameter(p.to(device)) for name, p in fresh.items()}
+    ema = {name: p.detach().clone() for name, p in params.items()}
+    adam = torch.optim.Adam(params.values(), lr=recipe.lr, betas=(0.9, 0.95), fused=True)
+    run = {"size": size, "data": "digits", "seed": seed, **recipe._asdict(), "interval": list(recipe.interval)}
+    start = newest(folder)
+    if rank == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+        log = open_log(folder, start, run | {"commit": commit(), "torch": torch.__version__})
+    if start:
+        restore(folder, start, params, ema, adam)
+
+    objective = Objective(params, null=classes, omega=recipe.omega, kappa=recipe.kappa, interval=recipe.interval)
+    if world > 1:
+        objective = torch.nn.parallel.DistributedDataParallel(objective)
+    sums, since = torch.zeros(3, dtype=torch.float64, device=device), start
+    batches = data.batches(images, labels, recipe.batch, seed=seed, step=start, rank=rank, world=world)
+    for step in tqdm(range(start, recipe.steps), initial=start, total=recipe.steps, disable=rank > 0, unit="step"):
+        x, y = next(batches)
+        # Drawn on the CPU for the whole batch, so that any number of processes, on any device, trains the same run.
+        draws = draw((recipe.batch, *shape), generator=data.generator(seed, "draws", step))
+        share = (draws.t == draws.r).sum() / recipe.batch
+        draws = Draws(*(d[rank::world] for d in draws))
+        equal = int((draws.t == draws.r).sum())
+        value, stats = objective(x.to(device), y.to(device), Draws(*(d.to(device) for d in draws)), equal)
+        adam.zero_grad()
+        value.backward()
+        adam.step()
+        torch._foreach_lerp_(list(ema.values()), [p.detach() for p in params.values()], 1 - recipe.ema)
+
+        sums, done = sums + stats, step + 1
+        saving = done % save_every == 0 or done == recipe.steps
+        if saving or done % LOG_EVERY == 0:
+            if world > 1:
+                dist.all_reduce(sums)
+            if rank == 0:
+                rows = (done - since) * recipe.batch * torch.tensor([1, share, 1 - share], dtype=torch.float64)
+                means = dict(zip(("loss", "raw_equal", "raw_differ"), (sums.cpu() / rows).tolist()))
+                log.write(json.dumps({"step": done, **means, "time": round(time.time(), 3)}) + "\n")
+            sums, since = torch.zeros_like(sums), done
+        if saving and rank == 0:
+            save(folder, done, params, ema, adam, {"size": size, "data": "digits", "resolution": str(shape[-1])})
+            kinds = torch.arange(100) * classes // 100
+            save_grid(generate(ema, kinds, shape), folder / f"grid-{done:08}.png")
+    return ema
+
+
+def main(argv=None):
+    folder, seed, save_every, size, recipe = arguments(argv)
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if recipe.batch % world:
+        raise ValueError(f"--batch {recipe.batch} is not divided by the {world} processes: give a multiple of {world}")
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else "cpu"
+    images, labels = data.digits()
+    if world > 1:
+        dist.init_process_group(device_id=device if torch.cuda.is_available() else None)
+    ema = train(folder, seed, save_every, size, recipe, images, labels, rank, world, device)
+    if rank == 0:
+        report(ema, images, labels, seed)
+        print(sorted(folder.glob("grid-*.png"))[-1])
+    if world > 1:
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (ValueError, OSError) as error:
+        sys.exit(f"train.py: {error}" if int(os.environ.get("RANK", 0)) == 0 else 1)
