@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
+EPS = 1e-6  # of LayerNorm
 FREQUENCIES = 256  # width of the sinusoidal time embedding, half cosines, half sines
 
 SIZES = {  # width, depth, patch (Table 4)
@@ -67,7 +68,7 @@ def config(params):
     expected = shapes(found)
     for kind, names in (("missing", expected.keys() - params.keys()), ("unknown", params.keys() - expected.keys())):
         if names:
-            raise ValueError(f"{len(names)} tensors {kind} for a DiT of {found}, the first is {min(names)}")
+            raise ValueError(f"{len(names)} {kind} tensor(s) for a DiT of {found}, such as {min(names)}")
     for name, shape in expected.items():
         if tuple(params[name].shape) != shape:
             raise ValueError(f"{name} has shape {tuple(params[name].shape)}, a DiT of {found} has {shape}")
@@ -111,27 +112,59 @@ def linear(params, name, x):
     return F.linear(x, params[f"{name}.weight"], params[f"{name}.bias"])
 
 
-def embed(params, name, t):
-    """Embeds times, (B,) in [0, 1] and not scaled by 1000, as (B, width): sinusoids, cosines first, and an MLP."""
+def sinusoids(t):
+    """Times, (B,) in [0, 1] and not scaled by 1000, as (B, 1, FREQUENCIES), cosines first; and its derivative by t."""
     half = FREQUENCIES // 2
     frequencies = torch.exp(-math.log(10000) * torch.arange(half, device=t.device, dtype=t.dtype) / half)
-    angles = t[:, None] * frequencies
-    x = torch.cat((angles.cos(), angles.sin()), 1)
-    return linear(params, f"{name}.mlp.2", F.silu(linear(params, f"{name}.mlp.0", x)))
+    cos, sin = (t[:, None, None] * frequencies).cos(), (t[:, None, None] * frequencies).sin()
+    return torch.cat((cos, sin), -1), torch.cat((-sin * frequencies, cos * frequencies), -1)
+
+
+def embed(params, name, t):
+    """Embeds times, (B,), as (B, 1, width), in their own precision under autocast, too: bfloat16 has 3 digits."""
+    with torch.autocast("cuda" if t.is_cuda else "cpu", enabled=False):
+        return linear(params, f"{name}.mlp.2", F.silu(linear(params, f"{name}.mlp.0", sinusoids(t)[0])))
+
+
+def tokens(params, z):
+    """The patches of z, (B, channels, H, W), as tokens at their places, (B, N, width)."""
+    w, bias = params["x_embedder.proj.weight"], params["x_embedder.proj.bias"]
+    x = F.conv2d(z, w, bias, stride=w.shape[-1])
+    return x.flatten(2).transpose(1, 2) + positions(len(w), *x.shape[2:], z)
 
 
 def modulate(x, shift, scale):
-    """Adaptive LayerNorm of the tokens x, (B, N, width), by the (B, width) shift and scale of each sample."""
-    return F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale[:, None]) + shift[:, None]
+    """Adaptive LayerNorm of the tokens x, (B, N, width), by each sample's shift and scale, (B, 1, width)."""
+    return F.layer_norm(x, x.shape[-1:], eps=EPS) * (1 + scale) + shift
 
 
-def attention(params, name, x, heads):
-    q, k, v = linear(params, f"{name}.qkv", x).unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4)
-    return linear(params, f"{name}.proj", F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+def split_heads(qkv):
+    """(B, N, 3 width) as queries, keys and values, each (B, heads, N, width / heads)."""
+    heads = max(1, min(16, qkv.shape[-1] // 192))  # of 64, but no more than 16: true of every size of the paper
+    return qkv.unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4).unbind()
+
+
+def merge_heads(x):
+    return x.transpose(1, 2).flatten(2)
+
+
+def attention(params, name, x):
+    x = F.scaled_dot_product_attention(*split_heads(linear(params, f"{name}.qkv", x)))
+    return linear(params, f"{name}.proj", merge_heads(x))
 
 
 def mlp(params, name, x):
     return linear(params, f"{name}.fc2", F.gelu(linear(params, f"{name}.fc1", x), approximate="tanh"))
+
+
+def image(x, patch, height):
+    """Tokens of patch * patch * channels values, (B, N, ...), as an image, (B, channels, height * patch, W)."""
+    x = x.unflatten(2, (patch, patch, -1)).unflatten(1, (height, -1))  # B, height, width, p, q, channels
+    return x.permute(0, 5, 1, 3, 2, 4).flatten(4).flatten(2, 3)
+
+
+def depth(params):
+    return sum(name.endswith("attn.qkv.weight") for name in params)
 
 
 def dit(params, z, t, r, y):
@@ -140,23 +173,102 @@ def dit(params, z, t, r, y):
     z: (B, channels, H, W), H and W multiples of the patch; t, r: (B,) in [0, 1]; y: (B,) int64 in [0, classes], where
     `classes` means "no class". Returns u, shaped like z. Computes in the parameters' dtype.
     """
-    width, channels, patch, _ = params["x_embedder.proj.weight"].shape
-    heads = max(1, min(16, width // 64))  # true of every size of the paper
-    height, columns = z.shape[2] // patch, z.shape[3] // patch
-
-    x = F.conv2d(z, params["x_embedder.proj.weight"], params["x_embedder.proj.bias"], stride=patch)
-    x = x.flatten(2).transpose(1, 2) + positions(width, height, columns, t)
+    patch = params["x_embedder.proj.weight"].shape[-1]
+    x = tokens(params, z)
     c = embed(params, "t_embedder", t) + embed(params, "h_embedder", t - r)
-    c = F.silu(c + params["y_embedder.embedding_table.weight"][y])
-    depth = sum(name.endswith("attn.qkv.weight") for name in params)
-    for i in range(depth):
-        shift1, scale1, gate1, shift2, scale2, gate2 = linear(params, f"blocks.{i}.adaLN_modulation.1", c).chunk(6, 1)
-        x = x + gate1[:, None] * attention(params, f"blocks.{i}.attn", modulate(x, shift1, scale1), heads)
-        x = x + gate2[:, None] * mlp(params, f"blocks.{i}.mlp", modulate(x, shift2, scale2))
-    shift, scale = linear(params, "final_layer.adaLN_modulation.1", c).chunk(2, 1)
-    x = linear(params, "final_layer.linear", modulate(x, shift, scale))
-    x = x.unflatten(2, (patch, patch, channels)).unflatten(1, (height, columns))  # B, height, columns, p, q, channels
-    return x.permute(0, 5, 1, 3, 2, 4).flatten(4).flatten(2, 3)
+    c = F.silu(c + params["y_embedder.embedding_table.weight"][y][:, None])
+    for i in range(depth(params)):
+        block = f"blocks.{i}"
+        shift1, scale1, gate1, shift2, scale2, gate2 = linear(params, f"{block}.adaLN_modulation.1", c).chunk(6, -1)
+        x = x + gate1 * attention(params, f"{block}.attn", modulate(x, shift1, scale1))
+        x = x + gate2 * mlp(params, f"{block}.mlp", modulate(x, shift2, scale2))
+    shift, scale = linear(params, "final_layer.adaLN_modulation.1", c).chunk(2, -1)
+    return image(linear(params, "final_layer.linear", modulate(x, shift, scale)), patch, z.shape[2] // patch)
+
+
+# The same in forward mode. Each layer returns a pair: its value for all rows, with its graph, and its tangent for the
+# last len(dx) rows. Tangents are made of detached values and weights, so that they have no graph.
+
+
+def last(x, dx):
+    """The values of the rows that have a tangent."""
+    return x[len(x) - len(dx) :].detach()
+
+
+def linear_jvp(params, name, x, dx):
+    """A linear map is its own derivative; the bias drops out."""
+    return linear(params, name, x), F.linear(dx, params[f"{name}.weight"].detach())
+
+
+def silu_jvp(x, dx):
+    """An elementwise function has a diagonal Jacobian, so that forward and backward mode are the same."""
+    return F.silu(x), torch.ops.aten.silu_backward(dx, last(x, dx))
+
+
+def embed_jvp(params, name, t, m):
+    """Embeds times, (B,); the tangent, along t, of the last m."""
+    with torch.autocast("cuda" if t.is_cuda else "cpu", enabled=False):
+        x, dx = sinusoids(t)
+        x, dx = silu_jvp(*linear_jvp(params, f"{name}.mlp.0", x, dx[len(t) - m :]))
+        return linear_jvp(params, f"{name}.mlp.2", x, dx)
+
+
+def modulate_jvp(x, dx, shift, dshift, scale, dscale):
+    """LayerNorm divides by the deviation what is left of dx without its mean and its part along the output n; the rest
+    is the product rule."""
+    y, x = modulate(x, shift, scale), last(x, dx)
+    n, centred = F.layer_norm(x, x.shape[-1:], eps=EPS), x - x.mean(-1, keepdim=True)
+    dn = dx - dx.mean(-1, keepdim=True) - n * (n * dx).mean(-1, keepdim=True)
+    dn = dn * (centred.square().mean(-1, keepdim=True) + EPS).rsqrt()
+    return y, dn * (1 + last(scale, dx)) + n * dscale + dshift
+
+
+def attention_jvp(params, name, x, dx):
+    """Softmax p of the scores s has dp = p (ds - <p, ds>); scores and output are products."""
+    qkv, dqkv = linear_jvp(params, f"{name}.qkv", x, dx)
+    (q, k, v), (dq, dk, dv) = split_heads(last(qkv, dx)), split_heads(dqkv)
+    scale = q.shape[-1] ** -0.5
+    p = torch.softmax((q @ k.mT).to(torch.promote_types(q.dtype, torch.float32)) * scale, -1)
+    ds = (dq @ k.mT + q @ dk.mT) * scale
+    dp = p * (ds - (p * ds).sum(-1, keepdim=True))
+    x, dx = F.scaled_dot_product_attention(*split_heads(qkv)), dp.to(q.dtype) @ v + p.to(q.dtype) @ dv
+    return linear_jvp(params, f"{name}.proj", merge_heads(x), merge_heads(dx))
+
+
+def mlp_jvp(params, name, x, dx):
+    x, dx = linear_jvp(params, f"{name}.fc1", x, dx)
+    x, dx = F.gelu(x, approximate="tanh"), torch.ops.aten.gelu_backward(dx, last(x, dx), approximate="tanh")
+    return linear_jvp(params, f"{name}.fc2", x, dx)
+
+
+def gated_jvp(x, dx, gate, dgate, branch, dbranch):
+    return x + gate * branch, dx + dgate * last(branch, dx) + last(gate, dx) * dbranch
+
+
+def dit_jvp(params, z, t, r, y, dz):
+    """dit of every row and, for the last m = len(dz) rows, its total derivative du/dt along dz/dt = dz, dr/dt = 0, in
+    one pass that costs a forward of B + m rows, lets the values use any attention kernel and compiles to one graph.
+
+    Arguments as for dit; dz: (m, channels, H, W), 0 <= m <= B. Returns (u (B, ...), du/dt (m, ...)); u has dit's
+    graph, du/dt has none.
+    """
+    patch, m = params["x_embedder.proj.weight"].shape[-1], len(dz)
+    x, dx = tokens(params, z), F.conv2d(dz, params["x_embedder.proj.weight"].detach(), stride=patch)
+    dx = dx.flatten(2).transpose(1, 2).to(x.dtype)  # the places do not move; float32 under autocast, like x
+    (ct, dct), (ch, dch) = embed_jvp(params, "t_embedder", t, m), embed_jvp(params, "h_embedder", t - r, m)
+    c, dc = silu_jvp(ct + ch + params["y_embedder.embedding_table.weight"][y][:, None], dct + dch)
+    for i in range(depth(params)):
+        block = f"blocks.{i}"
+        c6, dc6 = linear_jvp(params, f"{block}.adaLN_modulation.1", c, dc)
+        (shift1, scale1, gate1, shift2, scale2, gate2), d = c6.chunk(6, -1), dc6.chunk(6, -1)
+        h = attention_jvp(params, f"{block}.attn", *modulate_jvp(x, dx, shift1, d[0], scale1, d[1]))
+        x, dx = gated_jvp(x, dx, gate1, d[2], *h)
+        h = mlp_jvp(params, f"{block}.mlp", *modulate_jvp(x, dx, shift2, d[3], scale2, d[4]))
+        x, dx = gated_jvp(x, dx, gate2, d[5], *h)
+    c2, dc2 = linear_jvp(params, "final_layer.adaLN_modulation.1", c, dc)
+    (shift, scale), d = c2.chunk(2, -1), dc2.chunk(2, -1)
+    u, du = linear_jvp(params, "final_layer.linear", *modulate_jvp(x, dx, shift, d[0], scale, d[1]))
+    return image(u, patch, z.shape[2] // patch), image(du, patch, z.shape[2] // patch)
 
 
 def main():
