@@ -157,10 +157,10 @@ def mlp(params, name, x):
     return linear(params, f"{name}.fc2", F.gelu(linear(params, f"{name}.fc1", x), approximate="tanh"))
 
 
-def image(x, patch, height):
-    """Tokens of patch * patch * channels values, (B, N, ...), as an image, (B, channels, height * patch, W)."""
-    x = x.unflatten(2, (patch, patch, -1)).unflatten(1, (height, -1))  # B, height, width, p, q, channels
-    return x.permute(0, 5, 1, 3, 2, 4).flatten(4).flatten(2, 3)
+def image(x, patch, like):
+    """Tokens of patch * patch * channels values, (B, N, ...), as an image with the height and dtype of `like`."""
+    x = x.unflatten(2, (patch, patch, -1)).unflatten(1, (like.shape[2] // patch, -1))  # B, rows, columns, p, q, channels
+    return x.permute(0, 5, 1, 3, 2, 4).flatten(4).flatten(2, 3).to(like.dtype)
 
 
 def depth(params):
@@ -183,7 +183,7 @@ def dit(params, z, t, r, y):
         x = x + gate1 * attention(params, f"{block}.attn", modulate(x, shift1, scale1))
         x = x + gate2 * mlp(params, f"{block}.mlp", modulate(x, shift2, scale2))
     shift, scale = linear(params, "final_layer.adaLN_modulation.1", c).chunk(2, -1)
-    return image(linear(params, "final_layer.linear", modulate(x, shift, scale)), patch, z.shape[2] // patch)
+    return image(linear(params, "final_layer.linear", modulate(x, shift, scale)), patch, z)
 
 
 # The same in forward mode. Each layer returns a pair: its value for all rows, with its graph, and its tangent for the
@@ -268,22 +268,21 @@ def dit_jvp(params, z, t, r, y, dz):
     c2, dc2 = linear_jvp(params, "final_layer.adaLN_modulation.1", c, dc)
     (shift, scale), d = c2.chunk(2, -1), dc2.chunk(2, -1)
     u, du = linear_jvp(params, "final_layer.linear", *modulate_jvp(x, dx, shift, d[0], scale, d[1]))
-    return image(u, patch, z.shape[2] // patch), image(du, patch, z.shape[2] // patch)
+    return image(u, patch, z), image(du, patch, z)
 
 
 def main():
     from torch.utils.flop_counter import FlopCounterMode
 
-    print("size    width  depth  patch  heads  parameters   forward of one 4x32x32 latent, 2 x multiply-adds")
+    print("size    width  depth  patch  parameters   forward of one 4x32x32 latent, 2 x multiply-adds")
     for size, (width, depth, patch) in SIZES.items():
         params = {name: torch.empty(shape, device="meta")
                   for name, shape in shapes(Config(width, depth, patch, 4, 1000)).items()}
         t, y = torch.empty(1, device="meta"), torch.empty(1, device="meta", dtype=torch.int64)
         with FlopCounterMode(display=False) as counter:
             dit(params, torch.empty(1, 4, 32, 32, device="meta"), t, t, y)
-        heads = max(1, min(16, width // 64))
         millions = sum(p.numel() for p in params.values()) / 1e6
-        print(f"{size:6}{width:7}{depth:7}{patch:7}{heads:7}{millions:10.1f} M{counter.get_total_flops() / 1e9:10.1f} GFLOP")
+        print(f"{size:6}{width:7}{depth:7}{patch:7}{millions:10.1f} M{counter.get_total_flops() / 1e9:10.1f} GFLOP")
 
 
 if __name__ == "__main__":

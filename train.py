@@ -2,7 +2,7 @@
 
     python train.py
     torchrun --nproc-per-node 2 train.py            the same run, shared by two processes
-    python train.py --size B/4 --out runs/large
+    python train.py --steps 6000                    goes on from where the first one ended
 
 The same command continues a run that was stopped, from its last save. A run's folder holds
 
@@ -60,6 +60,18 @@ RECIPES = {  # Table 4 and the authors' code
 }
 
 
+class State(NamedTuple):
+    params: dict
+    ema: dict  # their average over steps
+    adam: torch.optim.Adam
+
+
+class Place(NamedTuple):
+    rank: int
+    world: int
+    device: torch.device
+
+
 class Objective(torch.nn.Module):
     """A module whose forward is the loss, for DistributedDataParallel to wrap. Wrapping the network would not do: jvp
     fails on the wrapper, and on the network inside of it trains without ever averaging gradients."""
@@ -69,10 +81,13 @@ class Objective(torch.nn.Module):
         self.names, self.weights, self.options = list(params), torch.nn.ParameterList(params.values()), options
 
     def forward(self, x, y, draws, equal):
+        """The mean loss of these rows, and the sums and counts that `record` makes means of."""
         params = dict(zip(self.names, self.weights))
-        each, raw = loss(partial(dit, params), x, y, draws, jvp=partial(dit_jvp, params), equal=equal, **self.options)
+        with torch.autocast("cuda", torch.bfloat16, enabled=x.is_cuda):
+            each, raw = loss(partial(dit, params), x, y, draws, jvp=partial(dit_jvp, params), equal=equal, **self.options)
         sums = [each.detach().sum(), raw["equal"].sum(), raw["differ"].sum()]
-        return each.mean(), torch.stack(sums).double()
+        counts = [each.new_full((), n) for n in (len(x), equal, len(x) - equal)]  # filled there: the host need not wait
+        return each.mean(), torch.stack(sums + counts).double()
 
 
 def write(path, tensors, metadata=None):
@@ -91,34 +106,37 @@ def newest(folder):
     return max(set.intersection(*saved), default=0)
 
 
-def save(folder, step, params, ema, adam, metadata):
+def save(folder, step, state, metadata):
     """Writes state, then averaged weights (their being there says that both are), then drops all but KEEP saves."""
-    state = {f"weights.{name}": p for name, p in params.items()}
-    state |= {f"{moment}.{name}": adam.state[p][moment] for moment in MOMENTS for name, p in params.items()}
-    write(folder / f"state-{step:08}.safetensors", state)
+    params, ema, adam = state
+    tensors = {f"weights.{name}": p for name, p in params.items()}
+    tensors |= {f"{moment}.{name}": adam.state[p][moment] for moment in MOMENTS for name, p in params.items()}
+    write(folder / f"state-{step:08}.safetensors", tensors)
     write(folder / f"ema-{step:08}.safetensors", ema, metadata | {"step": str(step)})
     for kind in ("ema", "state"):
         for path in sorted(folder.glob(f"{kind}-*.safetensors"))[:-KEEP]:
             path.unlink()
 
 
-def restore(folder, step, params, ema, adam):
+def restore(folder, step, state):
     """Puts a save back in place: the tensors are copied into those that are there."""
+    params, ema, adam = state
     path = folder / f"state-{step:08}.safetensors"
     try:
-        state = load_file(path)
+        tensors = load_file(path)
     except SafetensorError as error:
         raise ValueError(f"{path} is damaged ({error}): delete it to continue from the save before") from None
     averaged, _ = load(folder / f"ema-{step:08}.safetensors")
     for name, p in params.items():
         adam.state[p] = {"step": torch.tensor(float(step), device=p.device)}
-        adam.state[p] |= {moment: state[f"{moment}.{name}"].to(p.device, copy=True) for moment in MOMENTS}
-        p.data.copy_(state[f"weights.{name}"])
+        adam.state[p] |= {moment: tensors[f"{moment}.{name}"].to(p.device, copy=True) for moment in MOMENTS}
+        p.data.copy_(tensors[f"weights.{name}"])
         ema[name].copy_(averaged[name])
 
 
 def open_log(folder, step, run):
     """log.jsonl opened for appending, cut back to `step`. Raises ValueError if it is another run's."""
+    folder.mkdir(parents=True, exist_ok=True)
     path, lines = folder / "log.jsonl", [json.dumps(run)]
     if path.exists():
         first, *rest = path.read_text().splitlines() or [""]
@@ -126,8 +144,8 @@ def open_log(folder, step, run):
             before = dict(json.loads(first))
         except (ValueError, TypeError):
             raise ValueError(f"{path} does not begin with a run's arguments: choose another --out") from None
-        for key in run.keys() - {"steps", "commit", "torch"}:
-            if before.get(key) != run[key]:
+        for key in run:
+            if key not in ("steps", "commit", "torch") and before.get(key) != run[key]:
                 raise ValueError(f"{folder} holds a run with {key} {before.get(key)}, not {run[key]}: choose another --out")
         # The last line is cut short where the process was killed writing it, but then it is later than any save.
         lines = [first] + [line for line in rest if line.endswith("}") and json.loads(line)["step"] <= step]
@@ -159,7 +177,7 @@ def line(name, right, score, distance):
 
 
 def arguments(argv):
-    """(folder, seed, steps between saves, size, Recipe) as the command line gives them."""
+    """(folder, seed, steps between saves, whether to compile, size, Recipe) as the command line gives them."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = lambda message: sys.exit(f"train.py: {message}")  # one line, without the usage
     parser.add_argument("--size", default="T", help=f"{', '.join(RECIPES)}; /2 may be left out (default: T)")
@@ -169,6 +187,8 @@ def arguments(argv):
     parser.add_argument("--lr", type=float, help="Adam's step size, constant (default: the size's recipe)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--save", type=int, default=500, help="steps between saves (default: 500)")
+    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=torch.cuda.is_available(),
+                        help="compile the loss into one graph (default: on a GPU)")
     args = parser.parse_args(argv)
     size = args.size if args.size in RECIPES else f"{args.size}/2"
     if size not in RECIPES:
@@ -178,7 +198,7 @@ def arguments(argv):
         if value is not None and not value > 0:
             raise ValueError(f"--{name} {value}: give a number above 0")
     given = {name: getattr(args, name) for name in ("steps", "batch", "lr") if getattr(args, name) is not None}
-    return args.out, args.seed, args.save, size, RECIPES[size]._replace(**given)
+    return args.out, args.seed, args.save, args.compile, size, RECIPES[size]._replace(**given)
 
 
 def commit():
@@ -190,70 +210,95 @@ def commit():
         return None
 
 
-def train(folder, seed, save_every, size, recipe, images, labels, rank, world, device):
-    """Runs or continues a run up to recipe.steps. Returns the averaged weights."""
-    shape, classes = images.shape[1:], int(labels.max()) + 1
-    fresh = init(size, channels=shape[0], classes=classes, generator=data.generator(seed, "init", 0))
-    params = {name: torch.nn.Parameter(p.to(device)) for name, p in fresh.items()}
-    ema = {name: p.detach().clone() for name, p in params.items()}
-    adam = torch.optim.Adam(params.values(), lr=recipe.lr, betas=(0.9, 0.95), fused=True)
-    run = {"size": size, "data": "digits", "seed": seed, **recipe._asdict(), "interval": list(recipe.interval)}
-    start = newest(folder)
-    if rank == 0:
-        folder.mkdir(parents=True, exist_ok=True)
-        log = open_log(folder, start, run | {"commit": commit(), "torch": torch.__version__})
-    if start:
-        restore(folder, start, params, ema, adam)
-
-    objective = Objective(params, null=classes, omega=recipe.omega, kappa=recipe.kappa, interval=recipe.interval)
+def start_processes(batch):
+    """Joins the processes that torchrun started, if it did."""
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if batch % world:
+        raise ValueError(f"--batch {batch} is not divided by the {world} processes: give a multiple of {world}")
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in float32
     if world > 1:
-        objective = torch.nn.parallel.DistributedDataParallel(objective)
-    sums, since = torch.zeros(3, dtype=torch.float64, device=device), start
-    batches = data.batches(images, labels, recipe.batch, seed=seed, step=start, rank=rank, world=world)
-    for step in tqdm(range(start, recipe.steps), initial=start, total=recipe.steps, disable=rank > 0, unit="step"):
-        x, y = next(batches)
-        # Drawn on the CPU for the whole batch, so that any number of processes, on any device, trains the same run.
-        draws = draw((recipe.batch, *shape), generator=data.generator(seed, "draws", step))
-        share = (draws.t == draws.r).sum() / recipe.batch
-        draws = Draws(*(d[rank::world] for d in draws))
-        equal = int((draws.t == draws.r).sum())
-        value, stats = objective(x.to(device), y.to(device), Draws(*(d.to(device) for d in draws)), equal)
-        adam.zero_grad()
-        value.backward()
-        adam.step()
-        torch._foreach_lerp_(list(ema.values()), [p.detach() for p in params.values()], 1 - recipe.ema)
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return Place(rank, world, device)
 
-        sums, done = sums + stats, step + 1
-        saving = done % save_every == 0 or done == recipe.steps
-        if saving or done % LOG_EVERY == 0:
-            if world > 1:
-                dist.all_reduce(sums)
-            if rank == 0:
-                rows = (done - since) * recipe.batch * torch.tensor([1, share, 1 - share], dtype=torch.float64)
-                means = dict(zip(("loss", "raw_equal", "raw_differ"), (sums.cpu() / rows).tolist()))
-                log.write(json.dumps({"step": done, **means, "time": round(time.time(), 3)}) + "\n")
-            sums, since = torch.zeros_like(sums), done
-        if saving and rank == 0:
-            save(folder, done, params, ema, adam, {"size": size, "data": "digits", "resolution": str(shape[-1])})
-            kinds = torch.arange(100) * classes // 100
-            save_grid(generate(ema, kinds, shape), folder / f"grid-{done:08}.png")
-    return ema
+
+def stream(images, labels, batch, seed, start, place):
+    """Endless (x, y, draws, equal) from step `start` on: this process's rows on its device, and how many have r = t.
+
+    Draws are made on the CPU for the whole batch, so that any number of processes, on any device, trains the same run.
+    """
+    rank, world, device = place
+    move = (lambda a: a.pin_memory().to(device, non_blocking=True)) if device.type == "cuda" else (lambda a: a)
+    batches = data.batches(images, labels, batch, seed=seed, step=start, rank=rank, world=world)
+    for step, (x, y) in enumerate(batches, start):
+        draws = draw((batch, *images.shape[1:]), generator=data.generator(seed, "draws", step))
+        mine = Draws(*(d[rank::world] for d in draws))
+        yield move(x), move(y), Draws(*map(move, mine)), int((mine.t == mine.r).sum())
+
+
+def update(objective, state, decay, batch):
+    """One step of Adam and of the average. Returns the objective's sums and counts."""
+    params, ema, adam = state
+    value, sums = objective(*batch)
+    adam.zero_grad()
+    value.backward()
+    adam.step()
+    torch._foreach_lerp_(list(ema.values()), [p.detach() for p in params.values()], 1 - decay)
+    return sums
+
+
+def record(log, step, sums, world):
+    """Writes a line of means over all rows since the last line. The only place where the host waits for the device."""
+    if world > 1:
+        dist.all_reduce(sums)
+    if log:
+        total, count = sums.cpu().chunk(2)
+        means = dict(zip(("loss", "raw_equal", "raw_differ"), (total / count.clamp(min=1)).tolist()))
+        log.write(json.dumps({"step": step, **means, "time": round(time.time(), 3)}) + "\n")
 
 
 def main(argv=None):
-    folder, seed, save_every, size, recipe = arguments(argv)
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    if recipe.batch % world:
-        raise ValueError(f"--batch {recipe.batch} is not divided by the {world} processes: give a multiple of {world}")
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else "cpu"
+    folder, seed, save_every, compiled, size, recipe = arguments(argv)
     images, labels = data.digits()
-    if world > 1:
-        dist.init_process_group(device_id=device if torch.cuda.is_available() else None)
-    ema = train(folder, seed, save_every, size, recipe, images, labels, rank, world, device)
-    if rank == 0:
-        report(ema, images, labels, seed)
+    shape, classes = images.shape[1:], int(labels.max()) + 1
+    place = start_processes(recipe.batch)
+    fresh = init(size, channels=shape[0], classes=classes, generator=data.generator(seed, "init", 0))
+    params = {name: torch.nn.Parameter(p.to(place.device)) for name, p in fresh.items()}
+    state = State(params, {name: p.detach().clone() for name, p in params.items()},
+                  torch.optim.Adam(params.values(), lr=recipe.lr, betas=(0.9, 0.95), fused=True))
+    start, log = newest(folder), None
+    metadata = {"size": size, "data": "digits", "resolution": str(shape[-1]), "commit": str(commit())}
+    if place.rank == 0:
+        run = {"size": size, "data": "digits", "seed": seed, **recipe._asdict(), "interval": list(recipe.interval)}
+        log = open_log(folder, start, run | {"commit": metadata["commit"], "torch": torch.__version__})
+    if start:
+        restore(folder, start, state)
+    objective = Objective(params, null=classes, omega=recipe.omega, kappa=recipe.kappa, interval=recipe.interval)
+    if compiled:
+        objective.compile(fullgraph=True)
+    if place.world > 1:
+        objective = torch.nn.parallel.DistributedDataParallel(objective)
+
+    sums, began = torch.zeros(6, dtype=torch.float64, device=place.device), time.time()
+    batches = stream(images, labels, recipe.batch, seed, start, place)
+    for step in tqdm(range(start + 1, recipe.steps + 1), initial=start, total=recipe.steps, disable=place.rank > 0):
+        sums += update(objective, state, recipe.ema, next(batches))
+        if compiled and step == start + 1 and place.rank == 0:
+            tqdm.write(f"compiled in {time.time() - began:.0f} s, the first step included")
+        saving = step % save_every == 0 or step == recipe.steps
+        if saving or step % LOG_EVERY == 0:
+            record(log, step, sums, place.world)
+            sums.zero_()
+        if saving and place.rank == 0:
+            save(folder, step, state, metadata)
+            save_grid(generate(state.ema, torch.arange(100) * classes // 100, shape), folder / f"grid-{step:08}.png")
+    if place.rank == 0:
+        report(state.ema, images, labels, seed)
         print(sorted(folder.glob("grid-*.png"))[-1])
-    if world > 1:
+    if place.world > 1:
         dist.destroy_process_group()
 
 

@@ -36,7 +36,7 @@ def test_the_printed_sizes_are_the_papers(capsys):
     model.main()
     rows = {row.split()[0]: row.split() for row in capsys.readouterr().out.splitlines()[1:]}
     for size, (millions, gigaflop) in PAPER.items():
-        assert math.floor(float(rows[size][5])) == millions and float(rows[size][7]) == gigaflop
+        assert math.floor(float(rows[size][4])) == millions and float(rows[size][6]) == gigaflop
 
 
 @given(st.sampled_from([64, 128, 192]), st.integers(1, 3), st.sampled_from([1, 2, 4]), st.integers(1, 5), st.integers(1, 9))

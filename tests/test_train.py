@@ -101,35 +101,66 @@ def test_two_processes_train_the_same_run(undisturbed, tmp_path):
         assert shared == pytest.approx(alone, rel=1e-4)
 
 
-def test_the_objective_averages_gradients_over_processes(tmp_path):
-    """Two processes' gradients are those of the whole batch in one."""
-    script = tmp_path / "gradients.py"
-    script.write_text(f"""
-import sys; sys.path.insert(0, {str(ROOT)!r})
-import os, torch, torch.distributed as dist, data, model, train
-from meanflow import Draws, draw
+GRADIENTS = """
+import os, sys, torch, torch.distributed as dist
+sys.path.insert(0, {root!r})
+import data, meanflow, model, train
+from functools import partial
 rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 g = torch.Generator().manual_seed(0)
 params = {{name: torch.nn.Parameter((p + 0.02 * torch.randn(p.shape, generator=g)).double())
-          for name, p in model.init("T/2", channels=1, classes=10, generator=g).items()}}
+          for name, p in model.init((64, 1, 2), channels=1, classes=10, generator=g).items()}}
 x, y = torch.randn(16, 1, 8, 8, generator=g).double(), torch.arange(16) % 10
-draws = [d.double() if d.is_floating_point() else d for d in draw(x.shape, generator=g)]
-objective = train.Objective(params, null=10, omega=0.2, kappa=0.92)
+draws = [d.double() if d.is_floating_point() else d for d in meanflow.draw(x.shape, generator=g)]
+options = dict(null=10, omega=0.2, kappa=0.92)
+objective = train.Objective(params, **options)
 if world > 1:
     dist.init_process_group("gloo")
-    objective = torch.nn.parallel.DistributedDataParallel(objective)
-mine = Draws(*(d[rank::world] for d in draws))
-objective(x[rank::world], y[rank::world], mine, int((mine.t == mine.r).sum()))[0].backward()
+mine = meanflow.Draws(*(d[rank::world] for d in draws))
+batch = x[rank::world], y[rank::world], mine
+if sys.argv[1] == "naive":  # the network inside DistributedDataParallel, and the loss around it
+    class Network(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weights = objective.weights
+        def forward(self, *inputs):
+            return model.dit(dict(zip(objective.names, self.weights)), *inputs)
+    network = torch.nn.parallel.DistributedDataParallel(Network())
+    meanflow.loss(network.module, *batch, **options)[0].mean().backward()
+else:
+    if sys.argv[1] == "compiled":
+        objective.compile(fullgraph=True)
+    if world > 1:
+        objective = torch.nn.parallel.DistributedDataParallel(objective)
+    for _ in range(2):  # nothing is compiled again for the second step
+        objective.zero_grad()
+        objective(*batch, int((mine.t == mine.r).sum()))[0].backward()
+        torch._dynamo.config.error_on_recompile = True
 if rank == 0:
-    torch.save({{name: p.grad for name, p in params.items()}}, {str(tmp_path)!r} + f"/{{world}}.pt")
+    torch.save({{name: p.grad for name, p in params.items()}}, {folder!r} + f"/{{sys.argv[1]}}-{{world}}.pt")
 if world > 1:
     dist.destroy_process_group()
-""")
-    run(str(script))
-    run("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script))
-    one, two = (torch.load(tmp_path / f"{world}.pt", weights_only=True) for world in (1, 2))
-    for name in one:
-        assert (one[name] - two[name]).norm() <= 1e-12 * one[name].norm(), name
+"""
+
+
+def gradients(folder, way, world):
+    script = folder / "gradients.py"
+    script.write_text(GRADIENTS.format(root=str(ROOT), folder=str(folder)))
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world)] if world > 1 else []
+    run(*launcher, str(script), way)
+    return torch.load(folder / f"{way}-{world}.pt", weights_only=True)
+
+
+def test_gradients_are_averaged_over_processes_and_survive_the_compiler(tmp_path):
+    """Two processes' gradients are those of the whole batch in one, and so are those of the one graph that compiles.
+    The usual way, jvp on the network inside DistributedDataParallel, leaves each process with its own."""
+    alone = gradients(tmp_path, "objective", 1)
+    for way, world in (("objective", 2), ("compiled", 2)):
+        shared = gradients(tmp_path, way, world)
+        for name in alone:
+            assert (shared[name] - alone[name]).norm() <= 1e-11 * alone[name].norm(), (way, world, name)
+    naive = gradients(tmp_path, "naive", 2)
+    assert all((naive[name] - alone[name]).norm() > 1e-2 * alone[name].norm() for name in alone)
 
 
 # --- bad input ---
