@@ -92,7 +92,7 @@ def main(argv=None):
     params, metadata = load(args.checkpoint)
     _, _, _, channels, count = config(params)
     try:
-        classes = [int(c) for c in args.classes.split(",")] if args.classes else list(range(min(10, count)))
+        classes = list(range(min(10, count))) if args.classes is None else [int(c) for c in args.classes.split(",")]
     except ValueError:
         raise ValueError(f"--classes {args.classes}: give class numbers with commas between, such as 3,1,4") from None
     for c in classes:

@@ -36,6 +36,7 @@ from sample import generate, load, save_grid
 
 LOG_EVERY = 50  # steps
 KEEP = 2  # saves; the last but one in case the last is damaged
+KINDS = ("ema", "state")  # the files of a save
 MOMENTS = ("exp_avg", "exp_avg_sq")  # of Adam
 
 
@@ -102,8 +103,8 @@ def write(path, tensors, metadata=None):
 
 def newest(folder):
     """The last step of which a run's folder holds both files, or 0."""
-    saved = [{int(p.stem.split("-")[1]) for p in folder.glob(f"{kind}-*.safetensors")} for kind in ("ema", "state")]
-    return max(set.intersection(*saved), default=0)
+    ema, state = ({p.stem.removeprefix(f"{kind}-") for p in folder.glob(f"{kind}-*.safetensors")} for kind in KINDS)
+    return max((int(step) for step in ema & state if step.isdecimal()), default=0)
 
 
 def save(folder, step, state, metadata):
@@ -113,7 +114,7 @@ def save(folder, step, state, metadata):
     tensors |= {f"{moment}.{name}": adam.state[p][moment] for moment in MOMENTS for name, p in params.items()}
     write(folder / f"state-{step:08}.safetensors", tensors)
     write(folder / f"ema-{step:08}.safetensors", ema, metadata | {"step": str(step)})
-    for kind in ("ema", "state"):
+    for kind in KINDS:
         for path in sorted(folder.glob(f"{kind}-*.safetensors"))[:-KEEP]:
             path.unlink()
 
@@ -270,6 +271,8 @@ def main(argv=None):
     state = State(params, {name: p.detach().clone() for name, p in params.items()},
                   torch.optim.Adam(params.values(), lr=recipe.lr, betas=(0.9, 0.95), fused=True))
     start, log = newest(folder), None
+    if start > recipe.steps:
+        raise ValueError(f"{folder} holds a run of {start} steps already: give --steps {start} or more, or another --out")
     metadata = {"size": size, "data": "digits", "resolution": str(shape[-1]), "commit": str(commit())}
     if place.rank == 0:
         run = {"size": size, "data": "digits", "seed": seed, **recipe._asdict(), "interval": list(recipe.interval)}
@@ -292,12 +295,12 @@ def main(argv=None):
         if saving or step % LOG_EVERY == 0:
             record(log, step, sums, place.world)
             sums.zero_()
-        if saving and place.rank == 0:
-            save(folder, step, state, metadata)
+        if saving and place.rank == 0:  # the picture first: what is saved has one
             save_grid(generate(state.ema, torch.arange(100) * classes // 100, shape), folder / f"grid-{step:08}.png")
+            save(folder, step, state, metadata)
     if place.rank == 0:
         report(state.ema, images, labels, seed)
-        print(sorted(folder.glob("grid-*.png"))[-1])
+        print(folder / f"grid-{recipe.steps:08}.png")
     if place.world > 1:
         dist.destroy_process_group()
 
