@@ -5,6 +5,7 @@ C. Kaynak; UCI Machine Learning Repository, 1998, CC BY 4.0), as scikit-learn's 
 (1797, 8, 8) uint8 from 0 to 16, and `labels`, (1797,) uint8 from 0 to 9.
 """
 
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -29,13 +30,17 @@ def digits():
     return images[:, None] / 8 - 1, labels.long()
 
 
+@lru_cache(2)  # of the last epochs: a permutation of ImageNet takes longer than a step
+def permutation(count, seed, epoch):
+    return torch.randperm(count, generator=generator(seed, "order", epoch))
+
+
 def order(count, batch, *, seed, step):
     """Which of `count` items the global batch of this step holds, (batch,) int64: every epoch is a permutation of all
     items of its own, and batches are cut from the epochs laid end to end, so none is left out, not even at the seam."""
     places = torch.arange(step * batch, (step + 1) * batch)
     epochs = places // count
-    permutation = {k: torch.randperm(count, generator=generator(seed, "order", k)) for k in epochs.unique().tolist()}
-    return torch.stack([permutation[k][place] for k, place in zip(epochs.tolist(), places % count)])
+    return torch.cat([permutation(count, seed, k)[places[epochs == k] % count] for k in epochs.unique().tolist()])
 
 
 def batches(images, labels, batch, *, seed, step=0, rank=0, world=1):

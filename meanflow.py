@@ -78,7 +78,7 @@ def guide(net, z, t, v, y, *, null, omega, kappa, interval=(0.0, 1.0), v_class=N
     z, v: (B, ...); t: (B,); y: (B,) int64; v_class: (B, ...), u(z, t, t | y) where the caller has it, else evaluated.
     """
     if omega == 1 and kappa == 0 or len(z) == 0:
-        return v
+        return v.detach()
     v_g = omega * v + (1 - omega - kappa) * net(z, t, t, torch.full_like(y, null))
     if kappa:
         v_g = v_g + kappa * (net(z, t, t, y) if v_class is None else v_class)
@@ -91,11 +91,13 @@ def derivative(net, z, t, r, v, y, *, jvp=torch.func.jvp):
     """du/dt of u = net(z, t, r, y) along dz/dt = v, dt/dt = 1, dr/dt = 0 (Eq. 8), (B, ...), without gradient: the
     product of net's Jacobian with (v, 1, 0), made in one forward-mode pass. `jvp` has torch.func.jvp's signature."""
     if len(z) == 0:
-        return v
+        return v.detach()
     with sdpa_kernel(SDPBackend.MATH):  # the only attention kernel with forward-mode derivatives
-        return jvp(lambda z, t: net(z, t, r, y), (z, t), (v, torch.ones_like(t)))[1]
+        # clone: the compiler cannot take derivatives by tensors that are slices of others
+        return jvp(lambda z, t: net(z, t, r, y), (z.clone(), t.clone()), (v, torch.ones_like(t)))[1]
 
 
+@torch.no_grad()
 def target(net, z, t, r, v, y, *, jvp=torch.func.jvp):
     """What u(z, t, r) should be, by the MeanFlow identity u = v - (t - r) du/dt (Eq. 6, 10, 11), without gradient.
 
@@ -105,19 +107,19 @@ def target(net, z, t, r, v, y, *, jvp=torch.func.jvp):
     return v - column(t - r, z) * derivative(net, z, t, r, v, y, jvp=jvp)
 
 
-def loss(net, x, y, draws, *, null, omega=1.0, kappa=0.0, interval=(0.0, 1.0), p=1.0, c=0.01, jvp=None, equal=None):
+def loss(net, x, y, draws, *, null, omega=1.0, kappa=0.0, interval=(0.0, 1.0), p=1.0, c=0.01, dual=None, equal=None):
     """The MeanFlow loss of each row (Eq. 9) with adaptive weight (Sec. 4.3; appendix B): sg(1 / (s + c)^p) s, where
     s = |u - sg(u_tgt)|^2 is summed over all but the batch axis.
 
     x: (B, ...); y: (B,) int64, below `null`; draws: Draws. `equal`: how many of the first rows have r = t; None counts
-    them, which makes the host wait for a GPU. Rows may come in any order: one with r = t further down costs a jvp, no
+    them, which makes the host wait for a GPU and cannot be compiled. Rows may come in any order: one with r = t further down costs a jvp, no
     more. Returns the loss, (B,), to be averaged, and a dict of the raw squared errors s, without gradient: "equal",
     (equal,), of the leading r = t rows and "differ", (B - equal,), of the others. Watch these: for p = 1 the weighted
     loss is close to 1 from the first step to the last.
 
-    jvp(z, t, r, y, v) -> (u, du/dt) gives u = net(z, t, r, y) of all rows and, for the last len(v) rows, du/dt along
-    (v, 1, 0). None makes the two of net, one after the other; for a DiT, partial(model.dit_jvp, params) makes them in
-    one pass.
+    dual(z, t, r, y, v) -> (u, du/dt) gives u = net(z, t, r, y) of all rows and, for the last len(v) rows, du/dt along
+    (v, 1, 0). None makes the two of net, by a forward and a torch.func.jvp; for a DiT, partial(model.dit_jvp, params)
+    makes them in one pass.
 
     differs from the paper: c = 0.01 and p = 1 are the authors' ImageNet code (the paper has c = 1e-3); their CIFAR-10
     code has c = 1e-3, p = 0.75.
@@ -128,10 +130,10 @@ def loss(net, x, y, draws, *, null, omega=1.0, kappa=0.0, interval=(0.0, 1.0), p
     n = int((t == r).cumprod(0).sum()) if equal is None else equal
     guided = partial(guide, net, null=null, omega=omega, kappa=kappa, interval=interval)
     v_differ = guided(z[n:], t[n:], v[n:], y[n:])
-    if jvp is None:
+    if dual is None:
         u, dudt = net(z, t, r, y), derivative(net, z[n:], t[n:], r[n:], v_differ, y[n:])
     else:
-        u, dudt = jvp(z, t, r, y, v_differ)
+        u, dudt = dual(z, t, r, y, v_differ)
     v_equal = guided(z[:n], t[:n], v[:n], y[:n], v_class=u[:n])  # where r = t, u is the class velocity
     u_tgt = torch.cat((v_equal, v_differ - column(t - r, z)[n:] * dudt))  # Eq. 10; where r = t it is the velocity
     s = (u - u_tgt.detach()).square().flatten(1).sum(1)

@@ -121,16 +121,23 @@ def sinusoids(t):
 
 
 def embed(params, name, t):
-    """Embeds times, (B,), as (B, 1, width), in their own precision under autocast, too: bfloat16 has 3 digits."""
+    """Embeds times, (B,), as (B, 1, width), in their own precision under autocast, too: bfloat16 has 8 bits."""
     with torch.autocast("cuda" if t.is_cuda else "cpu", enabled=False):
         return linear(params, f"{name}.mlp.2", F.silu(linear(params, f"{name}.mlp.0", sinusoids(t)[0])))
 
 
+def patches(z, patch):
+    """z, (B, channels, H, W), cut into (B, N, channels * patch * patch), row by row."""
+    z = z.unflatten(3, (-1, patch)).unflatten(2, (-1, patch))  # B, channels, rows, p, columns, q
+    return z.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
+
+
 def tokens(params, z):
-    """The patches of z, (B, channels, H, W), as tokens at their places, (B, N, width)."""
-    w, bias = params["x_embedder.proj.weight"], params["x_embedder.proj.bias"]
-    x = F.conv2d(z, w, bias, stride=w.shape[-1])
-    return x.flatten(2).transpose(1, 2) + positions(len(w), *x.shape[2:], z)
+    """The patches of z as tokens at their places, (B, N, width). A convolution would do the same, but leave the width
+    outermost in memory: torch 2.13's compiler then gets the gradient of a block 2 % wrong on a CPU, and says nothing."""
+    w, patch = params["x_embedder.proj.weight"], params["x_embedder.proj.weight"].shape[-1]
+    x = F.linear(patches(z, patch), w.flatten(1), params["x_embedder.proj.bias"])
+    return x + positions(len(w), z.shape[2] // patch, z.shape[3] // patch, z)
 
 
 def modulate(x, shift, scale):
@@ -163,25 +170,33 @@ def image(x, patch, like):
     return x.permute(0, 5, 1, 3, 2, 4).flatten(4).flatten(2, 3).to(like.dtype)
 
 
-def depth(params):
-    return sum(name.endswith("attn.qkv.weight") for name in params)
+def blocks(params):
+    """The parameters of each block, {name without "blocks.i.": tensor}."""
+    depth = sum(name.endswith("attn.qkv.weight") for name in params)
+    names = [name.removeprefix("blocks.0.") for name in params if name.startswith("blocks.0.")]
+    return [{name: params[f"blocks.{i}.{name}"] for name in names} for i in range(depth)]
 
 
-def dit(params, z, t, r, y):
+def block(w, x, c):
+    """A transformer block with adaLN-Zero: tokens x, (B, N, width), given the condition c, (B, 1, width)."""
+    shift1, scale1, gate1, shift2, scale2, gate2 = linear(w, "adaLN_modulation.1", c).chunk(6, -1)
+    x = x + gate1 * attention(w, "attn", modulate(x, shift1, scale1))
+    return x + gate2 * mlp(w, "mlp", modulate(x, shift2, scale2))
+
+
+def dit(params, z, t, r, y, *, block=block):
     """The average velocity u(z, t, r | y) that the network gives.
 
-    z: (B, channels, H, W), H and W multiples of the patch; t, r: (B,) in [0, 1]; y: (B,) int64 in [0, classes], where
-    `classes` means "no class". Returns u, shaped like z. Computes in the parameters' dtype.
+    z: (B, channels, H, W), H and W multiples of the patch; t, r: (B,) in [0, 1]; all in the parameters' dtype, unless
+    under autocast. y: (B,) int64 in [0, classes], where `classes` means "no class". Returns u, shaped like z. To
+    compile, hand in a compiled `block`: it serves all blocks.
     """
     patch = params["x_embedder.proj.weight"].shape[-1]
     x = tokens(params, z)
     c = embed(params, "t_embedder", t) + embed(params, "h_embedder", t - r)
-    c = F.silu(c + params["y_embedder.embedding_table.weight"][y][:, None])
-    for i in range(depth(params)):
-        block = f"blocks.{i}"
-        shift1, scale1, gate1, shift2, scale2, gate2 = linear(params, f"{block}.adaLN_modulation.1", c).chunk(6, -1)
-        x = x + gate1 * attention(params, f"{block}.attn", modulate(x, shift1, scale1))
-        x = x + gate2 * mlp(params, f"{block}.mlp", modulate(x, shift2, scale2))
+    c = F.silu(c + F.embedding(y, params["y_embedder.embedding_table.weight"])[:, None])
+    for w in blocks(params):
+        x = block(w, x, c)
     shift, scale = linear(params, "final_layer.adaLN_modulation.1", c).chunk(2, -1)
     return image(linear(params, "final_layer.linear", modulate(x, shift, scale)), patch, z)
 
@@ -245,26 +260,29 @@ def gated_jvp(x, dx, gate, dgate, branch, dbranch):
     return x + gate * branch, dx + dgate * last(branch, dx) + last(gate, dx) * dbranch
 
 
-def dit_jvp(params, z, t, r, y, dz):
+def block_jvp(w, x, dx, c, dc):
+    c, dc = linear_jvp(w, "adaLN_modulation.1", c, dc)
+    (shift1, scale1, gate1, shift2, scale2, gate2), d = c.chunk(6, -1), dc.chunk(6, -1)
+    h = attention_jvp(w, "attn", *modulate_jvp(x, dx, shift1, d[0], scale1, d[1]))
+    x, dx = gated_jvp(x, dx, gate1, d[2], *h)
+    h = mlp_jvp(w, "mlp", *modulate_jvp(x, dx, shift2, d[3], scale2, d[4]))
+    return gated_jvp(x, dx, gate2, d[5], *h)
+
+
+def dit_jvp(params, z, t, r, y, dz, *, block_jvp=block_jvp):
     """dit of every row and, for the last m = len(dz) rows, its total derivative du/dt along dz/dt = dz, dr/dt = 0, in
-    one pass that costs a forward of B + m rows, lets the values use any attention kernel and compiles to one graph.
+    one pass that costs a forward of B + m rows and lets the values use any attention kernel.
 
     Arguments as for dit; dz: (m, channels, H, W), 0 <= m <= B. Returns (u (B, ...), du/dt (m, ...)); u has dit's
     graph, du/dt has none.
     """
     patch, m = params["x_embedder.proj.weight"].shape[-1], len(dz)
-    x, dx = tokens(params, z), F.conv2d(dz, params["x_embedder.proj.weight"].detach(), stride=patch)
-    dx = dx.flatten(2).transpose(1, 2).to(x.dtype)  # the places do not move; float32 under autocast, like x
+    x, dx = tokens(params, z), F.linear(patches(dz, patch), params["x_embedder.proj.weight"].detach().flatten(1))
+    dx = dx.to(x.dtype)  # float32 under autocast, like x, which gets it from the positions; those have no tangent
     (ct, dct), (ch, dch) = embed_jvp(params, "t_embedder", t, m), embed_jvp(params, "h_embedder", t - r, m)
-    c, dc = silu_jvp(ct + ch + params["y_embedder.embedding_table.weight"][y][:, None], dct + dch)
-    for i in range(depth(params)):
-        block = f"blocks.{i}"
-        c6, dc6 = linear_jvp(params, f"{block}.adaLN_modulation.1", c, dc)
-        (shift1, scale1, gate1, shift2, scale2, gate2), d = c6.chunk(6, -1), dc6.chunk(6, -1)
-        h = attention_jvp(params, f"{block}.attn", *modulate_jvp(x, dx, shift1, d[0], scale1, d[1]))
-        x, dx = gated_jvp(x, dx, gate1, d[2], *h)
-        h = mlp_jvp(params, f"{block}.mlp", *modulate_jvp(x, dx, shift2, d[3], scale2, d[4]))
-        x, dx = gated_jvp(x, dx, gate2, d[5], *h)
+    c, dc = silu_jvp(ct + ch + F.embedding(y, params["y_embedder.embedding_table.weight"])[:, None], dct + dch)
+    for w in blocks(params):
+        x, dx = block_jvp(w, x, dx, c, dc)
     c2, dc2 = linear_jvp(params, "final_layer.adaLN_modulation.1", c, dc)
     (shift, scale), d = c2.chunk(2, -1), dc2.chunk(2, -1)
     u, du = linear_jvp(params, "final_layer.linear", *modulate_jvp(x, dx, shift, d[0], scale, d[1]))

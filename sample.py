@@ -21,14 +21,20 @@ from model import config, dit
 GAP = 4  # pixels between the images of a picture
 
 
+def saved(folder, kind):
+    """{step: path} of the files KIND-STEP.safetensors of a run's folder, the newest last."""
+    steps = {path.stem.removeprefix(f"{kind}-"): path for path in Path(folder).glob(f"{kind}-*.safetensors")}
+    return dict(sorted((int(step), path) for step, path in steps.items() if step.isdecimal()))
+
+
 def load(path):
     """Parameters {name: float32 tensor} and metadata {key: str} of a checkpoint: a safetensors file of weights, or the
-    newest ema-*.safetensors of a run's folder. Raises FileNotFoundError or ValueError, each with one line."""
+    newest ema-STEP.safetensors of a run's folder. Raises FileNotFoundError or ValueError, each with one line."""
     path = Path(path)
     if path.is_dir():
-        files = sorted(path.glob("ema-*.safetensors"))
+        files = list(saved(path, "ema").values())
         if not files:
-            raise FileNotFoundError(f"{path} holds no ema-*.safetensors: train one with python train.py --out {path}")
+            raise FileNotFoundError(f"{path} holds no ema-STEP.safetensors: train one with python train.py --out {path}")
         path = files[-1]
     elif not path.exists():
         raise FileNotFoundError(f"{path} does not exist: give a run's folder or a .safetensors file of weights")
@@ -40,6 +46,9 @@ def load(path):
         raise ValueError(f"{path} is not a complete safetensors file ({error}): give one that train.py wrote") from None
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
+    for name, p in params.items():
+        if not p.isfinite().all():
+            raise ValueError(f"{path}: {name} has values that are not finite: give an earlier save")
     return {name: p.float().clone() for name, p in params.items()}, metadata
 
 
@@ -57,14 +66,21 @@ def generate(params, classes, shape, *, steps=1, seed=0, batch=500):
     return torch.cat(images).clamp(-1, 1)
 
 
+def check_picture(path, channels):
+    """Raises ValueError unless images of so many channels can be written to `path`."""
+    if channels not in (1, 3):
+        raise ValueError(f"images of {channels} channels cannot be shown: only grey (1) and colour (3) ones can")
+    if Image.registered_extensions().get(Path(path).suffix.lower()) not in Image.SAVE:
+        raise ValueError(f"{path} has no ending of a picture: name it .png")
+    if Path(path).is_dir():
+        raise ValueError(f"{path} is a folder: give the name of a picture")
+
+
 def save_grid(images, path, columns=10):
     """Writes images, (n, 1 or 3, H, W) in [-1, 1], row by row into one picture, small ones enlarged to 32 pixels; to a
     temporary name first, so that `path` never holds half of it. Raises ValueError for what cannot be a picture."""
     path, (_, channels, height, width) = Path(path), images.shape
-    if channels not in (1, 3):
-        raise ValueError(f"images of {channels} channels cannot be shown: only grey (1) and colour (3) ones can")
-    if path.suffix.lower() not in Image.registered_extensions():
-        raise ValueError(f"{path} has no ending of a picture: name it .png")
+    check_picture(path, channels)
     zoom = max(1, 32 // max(height, width))
     pixels = ((images + 1) * 127.5).round().clamp(0, 255).byte().permute(0, 2, 3, 1)
     pixels = pixels.repeat_interleave(zoom, 1).repeat_interleave(zoom, 2).numpy()
@@ -90,7 +106,8 @@ def main(argv=None):
     args = parser.parse_args(argv)
 
     params, metadata = load(args.checkpoint)
-    _, _, _, channels, count = config(params)
+    _, _, patch, channels, count = config(params)
+    check_picture(args.out, channels)
     try:
         classes = list(range(min(10, count))) if args.classes is None else [int(c) for c in args.classes.split(",")]
     except ValueError:
@@ -98,8 +115,12 @@ def main(argv=None):
     for c in classes:
         if not 0 <= c < count:
             raise ValueError(f"class {c} is out of range: {args.checkpoint} has classes 0 to {count - 1}")
-    side = int(metadata.get("resolution", 32))
-    save_grid(generate(params, classes, (channels, side, side), steps=args.steps, seed=args.seed), args.out)
+    side = metadata.get("resolution", "")
+    if not side.isdecimal() or int(side) == 0 or int(side) % patch:
+        raise ValueError(f"{args.checkpoint}: metadata has resolution {side!r}: give weights that train.py wrote")
+    shape, device = (channels, int(side), int(side)), "cuda" if torch.cuda.is_available() else "cpu"
+    params = {name: p.to(device) for name, p in params.items()}
+    save_grid(generate(params, classes, shape, steps=args.steps, seed=args.seed), args.out)
     print(args.out)
 
 

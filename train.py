@@ -14,6 +14,7 @@ The same command continues a run that was stopped, from its last save. A run's f
 
 import argparse
 import json
+import math
 import os
 import subprocess
 import sys
@@ -31,12 +32,12 @@ from tqdm import tqdm
 import data
 import fid
 from meanflow import Draws, draw, loss
-from model import config, dit, dit_jvp, init
-from sample import generate, load, save_grid
+from model import block, block_jvp, config, dit, dit_jvp, init
+from sample import generate, load, save_grid, saved
 
+SHARE = 0.75  # of the rows have r = t
 LOG_EVERY = 50  # steps
 KEEP = 2  # saves; the last but one in case the last is damaged
-KINDS = ("ema", "state")  # the files of a save
 MOMENTS = ("exp_avg", "exp_avg_sq")  # of Adam
 
 
@@ -77,15 +78,20 @@ class Objective(torch.nn.Module):
     """A module whose forward is the loss, for DistributedDataParallel to wrap. Wrapping the network would not do: jvp
     fails on the wrapper, and on the network inside of it trains without ever averaging gradients."""
 
-    def __init__(self, params, **options):
+    def __init__(self, params, compiled=False, **options):
         super().__init__()
         self.names, self.weights, self.options = list(params), torch.nn.ParameterList(params.values()), options
+        # One block is compiled and serves for all: on a CPU a step takes as long as one graph of everything, which takes
+        # five times as long to compile at depth 12, and longer the deeper it is.
+        compile = partial(torch.compile, fullgraph=True, dynamic=False) if compiled else lambda f: f
+        self.net, self.dual = partial(dit, block=compile(block)), partial(dit_jvp, block_jvp=compile(block_jvp))
 
     def forward(self, x, y, draws, equal):
         """The mean loss of these rows, and the sums and counts that `record` makes means of."""
         params = dict(zip(self.names, self.weights))
         with torch.autocast("cuda", torch.bfloat16, enabled=x.is_cuda):
-            each, raw = loss(partial(dit, params), x, y, draws, jvp=partial(dit_jvp, params), equal=equal, **self.options)
+            each, raw = loss(partial(self.net, params), x, y, draws, dual=partial(self.dual, params), equal=equal,
+                             **self.options)
         sums = [each.detach().sum(), raw["equal"].sum(), raw["differ"].sum()]
         counts = [each.new_full((), n) for n in (len(x), equal, len(x) - equal)]  # filled there: the host need not wait
         return each.mean(), torch.stack(sums + counts).double()
@@ -103,8 +109,7 @@ def write(path, tensors, metadata=None):
 
 def newest(folder):
     """The last step of which a run's folder holds both files, or 0."""
-    ema, state = ({p.stem.removeprefix(f"{kind}-") for p in folder.glob(f"{kind}-*.safetensors")} for kind in KINDS)
-    return max((int(step) for step in ema & state if step.isdecimal()), default=0)
+    return max(saved(folder, "ema").keys() & saved(folder, "state").keys(), default=0)
 
 
 def save(folder, step, state, metadata):
@@ -114,20 +119,20 @@ def save(folder, step, state, metadata):
     tensors |= {f"{moment}.{name}": adam.state[p][moment] for moment in MOMENTS for name, p in params.items()}
     write(folder / f"state-{step:08}.safetensors", tensors)
     write(folder / f"ema-{step:08}.safetensors", ema, metadata | {"step": str(step)})
-    for kind in KINDS:
-        for path in sorted(folder.glob(f"{kind}-*.safetensors"))[:-KEEP]:
+    for kind in ("ema", "state"):
+        for path in list(saved(folder, kind).values())[:-KEEP]:
             path.unlink()
 
 
 def restore(folder, step, state):
     """Puts a save back in place: the tensors are copied into those that are there."""
     params, ema, adam = state
-    path = folder / f"state-{step:08}.safetensors"
     try:
-        tensors = load_file(path)
-    except SafetensorError as error:
+        path = saved(folder, "state")[step]
+        tensors, path = load_file(path), saved(folder, "ema")[step]
+        averaged, _ = load(path)
+    except (SafetensorError, ValueError, OSError) as error:
         raise ValueError(f"{path} is damaged ({error}): delete it to continue from the save before") from None
-    averaged, _ = load(folder / f"ema-{step:08}.safetensors")
     for name, p in params.items():
         adam.state[p] = {"step": torch.tensor(float(step), device=p.device)}
         adam.state[p] |= {moment: tensors[f"{moment}.{name}"].to(p.device, copy=True) for moment in MOMENTS}
@@ -135,25 +140,35 @@ def restore(folder, step, state):
         ema[name].copy_(averaged[name])
 
 
-def open_log(folder, step, run):
-    """log.jsonl opened for appending, cut back to `step`. Raises ValueError if it is another run's."""
-    folder.mkdir(parents=True, exist_ok=True)
-    path, lines = folder / "log.jsonl", [json.dumps(run)]
-    if path.exists():
-        first, *rest = path.read_text().splitlines() or [""]
-        try:
-            before = dict(json.loads(first))
-        except (ValueError, TypeError):
-            raise ValueError(f"{path} does not begin with a run's arguments: choose another --out") from None
-        for key in run:
-            if key not in ("steps", "commit", "torch") and before.get(key) != run[key]:
-                raise ValueError(f"{folder} holds a run with {key} {before.get(key)}, not {run[key]}: choose another --out")
+def earlier_log(folder, step, run):
+    """The lines of log.jsonl up to `step`, the run's arguments first. Raises ValueError if they are another run's."""
+    path = folder / "log.jsonl"
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder} is a file: choose another --out")
+    if not path.exists():
+        if step:
+            raise ValueError(f"{folder} has saves, but no log.jsonl that says what of: choose another --out")
+        return [json.dumps(run)]
+    first, *rest = path.read_text(errors="replace").splitlines() or [""]
+    try:
+        before = dict(json.loads(first))
         # The last line is cut short where the process was killed writing it, but then it is later than any save.
-        lines = [first] + [line for line in rest if line.endswith("}") and json.loads(line)["step"] <= step]
-    temporary = path.with_name("tmp-log.jsonl")
+        rest = [line for line in rest if line.endswith("}") and json.loads(line)["step"] <= step]
+    except (ValueError, TypeError, KeyError):
+        raise ValueError(f"{path} is not the log of a run: choose another --out") from None
+    for key in run:
+        if key not in ("steps", "commit", "torch") and before.get(key) != run[key]:
+            raise ValueError(f"{folder} holds a run with {key} {before.get(key)}, not {run[key]}: choose another --out")
+    return [first, *rest]
+
+
+def open_log(folder, lines):
+    """log.jsonl with these lines, opened to append."""
+    folder.mkdir(parents=True, exist_ok=True)
+    temporary = folder / "tmp-log.jsonl"
     temporary.write_text("".join(f"{line}\n" for line in lines))
-    os.replace(temporary, path)
-    return path.open("a", buffering=1)
+    os.replace(temporary, folder / "log.jsonl")
+    return (folder / "log.jsonl").open("a", buffering=1)
 
 
 def report(params, images, labels, seed):
@@ -189,14 +204,14 @@ def arguments(argv):
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--save", type=int, default=500, help="steps between saves (default: 500)")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=torch.cuda.is_available(),
-                        help="compile the loss into one graph (default: on a GPU)")
+                        help="compile the blocks (default: on a GPU)")
     args = parser.parse_args(argv)
     size = args.size if args.size in RECIPES else f"{args.size}/2"
     if size not in RECIPES:
         raise ValueError(f"--size {args.size} is unknown: choose one of {', '.join(RECIPES)}")
     for name in ("steps", "batch", "lr", "save"):
         value = getattr(args, name)
-        if value is not None and not value > 0:
+        if value is not None and not 0 < value < math.inf:
             raise ValueError(f"--{name} {value}: give a number above 0")
     given = {name: getattr(args, name) for name in ("steps", "batch", "lr") if getattr(args, name) is not None}
     return args.out, args.seed, args.save, args.compile, size, RECIPES[size]._replace(**given)
@@ -211,8 +226,8 @@ def commit():
         return None
 
 
-def start_processes(batch):
-    """Joins the processes that torchrun started, if it did."""
+def join_processes(batch, start):
+    """Joins the processes that torchrun started, if it did, and makes sure that all see the same save."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if batch % world:
         raise ValueError(f"--batch {batch} is not divided by the {world} processes: give a multiple of {world}")
@@ -220,9 +235,14 @@ def start_processes(batch):
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
-        torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in float32
     if world > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        # Else the compiler cuts blocks where DistributedDataParallel's buckets end, and gradients get lost at the cuts.
+        torch._dynamo.config.optimize_ddp = False
+        starts = [None] * world
+        dist.all_gather_object(starts, start)
+        if len(set(starts)) > 1:
+            raise ValueError(f"processes see saves of different steps, {starts}: --out must be on a disk that all share")
     return Place(rank, world, device)
 
 
@@ -232,12 +252,17 @@ def stream(images, labels, batch, seed, start, place):
     Draws are made on the CPU for the whole batch, so that any number of processes, on any device, trains the same run.
     """
     rank, world, device = place
-    move = (lambda a: a.pin_memory().to(device, non_blocking=True)) if device.type == "cuda" else (lambda a: a)
-    batches = data.batches(images, labels, batch, seed=seed, step=start, rank=rank, world=world)
-    for step, (x, y) in enumerate(batches, start):
-        draws = draw((batch, *images.shape[1:]), generator=data.generator(seed, "draws", step))
-        mine = Draws(*(d[rank::world] for d in draws))
-        yield move(x), move(y), Draws(*map(move, mine)), int((mine.t == mine.r).sum())
+    move = lambda a: a.contiguous().pin_memory().to(device, non_blocking=True) if device.type == "cuda" else a
+    equal = len(range(rank, int(SHARE * batch), world))
+    for step, (x, y) in enumerate(data.batches(images, labels, batch, seed=seed, step=start, rank=rank, world=world), start):
+        draws = draw((batch, *images.shape[1:]), generator=data.generator(seed, "draws", step), share=SHARE)
+        yield move(x), move(y), Draws(*(move(d[rank::world]) for d in draws)), equal
+
+
+def begin(params, lr):
+    """Adam as in the paper (Table 4): constant step size, no weight decay, no clipping."""
+    ema = {name: p.detach().clone() for name, p in params.items()}
+    return State(params, ema, torch.optim.Adam(params.values(), lr=lr, betas=(0.9, 0.95), fused=True))
 
 
 def update(objective, state, decay, batch):
@@ -251,13 +276,15 @@ def update(objective, state, decay, batch):
     return sums
 
 
-def record(log, step, sums, world):
+def record(log, folder, step, sums, world):
     """Writes a line of means over all rows since the last line. The only place where the host waits for the device."""
     if world > 1:
         dist.all_reduce(sums)
+    total, count = sums.cpu().chunk(2)
+    means = dict(zip(("loss", "raw_equal", "raw_differ"), (total / count.clamp(min=1)).tolist()))
+    if not math.isfinite(sum(means.values())):
+        raise ValueError(f"the loss is not finite at step {step}: {means}; the last save, of step {newest(folder)}, is as it was")
     if log:
-        total, count = sums.cpu().chunk(2)
-        means = dict(zip(("loss", "raw_equal", "raw_differ"), (total / count.clamp(min=1)).tolist()))
         log.write(json.dumps({"step": step, **means, "time": round(time.time(), 3)}) + "\n")
 
 
@@ -265,23 +292,18 @@ def main(argv=None):
     folder, seed, save_every, compiled, size, recipe = arguments(argv)
     images, labels = data.digits()
     shape, classes = images.shape[1:], int(labels.max()) + 1
-    place = start_processes(recipe.batch)
-    fresh = init(size, channels=shape[0], classes=classes, generator=data.generator(seed, "init", 0))
-    params = {name: torch.nn.Parameter(p.to(place.device)) for name, p in fresh.items()}
-    state = State(params, {name: p.detach().clone() for name, p in params.items()},
-                  torch.optim.Adam(params.values(), lr=recipe.lr, betas=(0.9, 0.95), fused=True))
-    start, log = newest(folder), None
+    start, about = newest(folder), {"size": size, "data": "digits", "commit": commit(), "torch": torch.__version__}
     if start > recipe.steps:
         raise ValueError(f"{folder} holds a run of {start} steps already: give --steps {start} or more, or another --out")
-    metadata = {"size": size, "data": "digits", "resolution": str(shape[-1]), "commit": str(commit())}
-    if place.rank == 0:
-        run = {"size": size, "data": "digits", "seed": seed, **recipe._asdict(), "interval": list(recipe.interval)}
-        log = open_log(folder, start, run | {"commit": metadata["commit"], "torch": torch.__version__})
+    lines = earlier_log(folder, start, about | {"seed": seed, **recipe._asdict(), "interval": list(recipe.interval)})
+    place = join_processes(recipe.batch, start)
+    fresh = init(size, channels=shape[0], classes=classes, generator=data.generator(seed, "init", 0))
+    params = {name: torch.nn.Parameter(p.to(place.device)) for name, p in fresh.items()}
+    state = begin(params, recipe.lr)
     if start:
         restore(folder, start, state)
-    objective = Objective(params, null=classes, omega=recipe.omega, kappa=recipe.kappa, interval=recipe.interval)
-    if compiled:
-        objective.compile(fullgraph=True)
+    log = open_log(folder, lines) if place.rank == 0 else None
+    objective = Objective(params, compiled, null=classes, omega=recipe.omega, kappa=recipe.kappa, interval=recipe.interval)
     if place.world > 1:
         objective = torch.nn.parallel.DistributedDataParallel(objective)
 
@@ -293,11 +315,11 @@ def main(argv=None):
             tqdm.write(f"compiled in {time.time() - began:.0f} s, the first step included")
         saving = step % save_every == 0 or step == recipe.steps
         if saving or step % LOG_EVERY == 0:
-            record(log, step, sums, place.world)
+            record(log, folder, step, sums, place.world)
             sums.zero_()
         if saving and place.rank == 0:  # the picture first: what is saved has one
             save_grid(generate(state.ema, torch.arange(100) * classes // 100, shape), folder / f"grid-{step:08}.png")
-            save(folder, step, state, metadata)
+            save(folder, step, state, {name: str(value) for name, value in about.items()} | {"resolution": str(shape[-1])})
     if place.rank == 0:
         report(state.ema, images, labels, seed)
         print(folder / f"grid-{recipe.steps:08}.png")
@@ -309,4 +331,4 @@ if __name__ == "__main__":
     try:
         main()
     except (ValueError, OSError) as error:
-        sys.exit(f"train.py: {error}" if int(os.environ.get("RANK", 0)) == 0 else 1)
+        sys.exit(f"train.py: {error}")

@@ -3,9 +3,11 @@
     python benchmarks/step.py --size S/2 --batch 8              on the CPU
     python benchmarks/step.py --size XL/2 --batch 256           on a GPU: bfloat16 autocast
 
-A step is loss and backward, each formulation eager and compiled, without guidance and with (kappa = 0.5: null and class
-velocity are both asked for). GFLOP per image is what torch's flop counter counts, a unit one forward of one image. The
-times are medians of interleaved steps, with the quartiles; memory is the peak above what parameters and data take. The formulations here are written from the paper, without regard to cost; the tests compare ours with them.
+A step is loss and backward, each formulation eager and compiled (the plain ones as one graph, ours a block that serves
+for all, as in train.py), without guidance and with (kappa = 0.5: null and class velocity are both asked for). GFLOP per
+image is what torch's flop counter counts, a unit one forward of one image. The times are medians of interleaved steps,
+with the quartiles; memory is the peak above what parameters and data take (on the CPU, Linux only). The formulations
+here are written from the paper, without regard to cost; the tests compare ours with them.
 """
 
 import argparse
@@ -82,9 +84,9 @@ def jvp_and_forward(params, x, y, draws, *, null, omega, kappa, interval, p, c, 
     return weighted(net(z, t, r, y) - u_tgt, p, c)
 
 
-def ours(params, x, y, draws, **kw):
-    return meanflow.loss(partial(model.dit, params), x, y, draws, jvp=partial(model.dit_jvp, params),
-                         equal=int(0.75 * len(x)), **kw)[0]
+def ours(params, x, y, draws, *, block=model.block, block_jvp=model.block_jvp, **kw):
+    net, dual = partial(model.dit, params, block=block), partial(model.dit_jvp, params, block_jvp=block_jvp)
+    return meanflow.loss(net, x, y, draws, dual=dual, equal=int(0.75 * len(x)), **kw)[0]
 
 
 FORMULATIONS = [flow_matching, jvp_with_graph, jvp_and_forward, ours]
@@ -117,8 +119,11 @@ def gigaflop(formulation, size, guided, batch=8):
 
 def stepper(formulation, guided, compiled, params, x, y, draws):
     """One step as a function without arguments; gradients are dropped after it."""
+    compile = partial(torch.compile, fullgraph=True, dynamic=False)
+    if compiled and formulation is ours:  # as train.py does it: a block serves for all
+        formulation = partial(ours, block=compile(model.block), block_jvp=compile(model.block_jvp))
     mean = lambda params, x, y, draws: formulation(params, x, y, draws, **options(guided)).mean()
-    mean = torch.compile(mean, fullgraph=True) if compiled else mean
+    mean = compile(mean) if compiled and formulation in FORMULATIONS else mean
 
     def step():
         with torch.autocast("cuda", torch.bfloat16, enabled=x.is_cuda):
@@ -167,7 +172,7 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", default="S/2", choices=SIZES)
     parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--rounds", type=int, default=7, help="counted steps of each")
+    parser.add_argument("--rounds", type=int, default=7, help="counted steps of each, at least 2")
     parser.add_argument("--eager", action="store_true", help="leave out the compiled ones")
     args = parser.parse_args(argv)
     device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 import meanflow as mf
 import model
+import step
 
 seeds = st.integers(0, 2**31)
 unit = st.floats(0.02, 0.98)
@@ -170,8 +171,11 @@ def test_target_is_v_where_r_equals_t(seed):
 def test_no_gradient_flows_through_target_and_guidance(seed):
     (z, t, r, y), (net, _) = points(seed), network(seed)
     v = randn(seed + 1, 6, 3)
+    v.requires_grad_()
+    assert not mf.derivative(net, z, t, r, v, y).requires_grad
     assert not mf.target(net, z, t, r, v, y).requires_grad
-    assert not mf.guide(net, z, t, v, y, null=NULL, omega=2.0, kappa=0.5).requires_grad
+    for omega, kappa in ((2.0, 0.5), (1.0, 0.0)):
+        assert not mf.guide(net, z, t, v, y, null=NULL, omega=omega, kappa=kappa).requires_grad
 
 
 # --- sampling ---
@@ -253,20 +257,9 @@ def draws(seed, batch, dim=3, equal=None):
     return mf.Draws(randn(seed + 1, batch, dim), t, torch.where(same, t, r), torch.rand(batch, generator=g) < 0.3)
 
 
-def whole_batch_loss(net, x, y, draws, *, null, omega, kappa, interval, p, c):
-    """The loss as the authors' code forms it: guidance and one jvp over all rows, none of them treated apart."""
-    e, t, r, drop = draws
-    y = torch.where(drop, null, y)
-    z, v = (1 - t[:, None]) * x + t[:, None] * e, e - x
-    with torch.no_grad():
-        v_g = omega * v + kappa * net(z, t, t, y) + (1 - omega - kappa) * net(z, t, t, torch.full_like(y, null))
-        guided = (t >= interval[0]) & (t <= interval[1]) & ~drop
-        v_g = torch.where(guided[:, None], v_g, v)
-    tangents = (v_g, torch.ones_like(t), torch.zeros_like(t))
-    u, dudt = torch.func.jvp(lambda z, t, r: net(z, t, r, y), (z, t, r), tangents)
-    error = u - (v_g - (t - r)[:, None] * dudt).detach()
-    s = (error * error).sum(1)
-    return s * ((s + c) ** -p).detach()
+def whole_batch_loss(net, x, y, draws, **options):
+    """The benchmark's plain formulation: guidance and one jvp over all rows, none of them treated apart."""
+    return step.jvp_with_graph(None, x, y, draws, net=lambda _, *inputs: net(*inputs), **options)
 
 
 MODES = [dict(omega=1.0, kappa=0.0), dict(omega=2.0, kappa=0.0), dict(omega=1.0, kappa=0.5), dict(omega=0.2, kappa=0.92)]
@@ -305,7 +298,7 @@ def test_gradient_is_that_of_the_squared_error_times_a_constant_weight(seed, p, 
 
 
 @given(seeds)
-def test_the_target_is_held_fixed_whatever_jvp_returns(seed):
+def test_the_target_is_held_fixed_whatever_dual_returns(seed):
     (net, w), d, x = network(seed), draws(seed, 7, equal=3), randn(seed + 5, 7, 3)
     y = torch.zeros(7, dtype=torch.int64)
 
@@ -315,7 +308,7 @@ def test_the_target_is_held_fixed_whatever_jvp_returns(seed):
         return net(z, t, r, y), tail[1]
 
     kw = dict(null=NULL, kappa=0.5)
-    (a, _), (b, _) = mf.loss(net, x, y, d, **kw), mf.loss(net, x, y, d, jvp=jvp, **kw)
+    (a, _), (b, _) = mf.loss(net, x, y, d, **kw), mf.loss(net, x, y, d, dual=jvp, **kw)
     close(b, a)
     for g, h in zip(torch.autograd.grad(b.sum(), w), torch.autograd.grad(a.sum(), w)):
         close(g, h)
@@ -354,6 +347,16 @@ def test_minimising_the_loss_finds_the_flow():
         path.append((w[0].item(), w[1].exp().item()))
     mean, deviation = torch.tensor(path[-50:]).mean(0)
     assert abs(mean - truth[0]) < 0.02 and abs(deviation - truth[1]) < 0.02, (mean, deviation)
+
+
+def test_the_loss_of_any_net_compiles_to_one_graph():
+    (net, w), d, x = network(0), draws(0, 8, equal=6), randn(5, 8, 3)
+    y, kw = torch.zeros(8, dtype=torch.int64), dict(null=NULL, kappa=0.5, equal=6)
+    compiled = torch.compile(lambda x, y, d: mf.loss(net, x, y, d, **kw)[0], fullgraph=True, backend="aot_eager")
+    (a, b) = compiled(x, y, d), mf.loss(net, x, y, d, **kw)[0]
+    close(a, b)
+    for g, h in zip(torch.autograd.grad(a.sum(), w), torch.autograd.grad(b.sum(), w)):
+        close(g, h)
 
 
 # --- the draws ---
@@ -428,8 +431,8 @@ def test_agrees_with_the_authors_code(mode, scales):
     u, dudt = model.dit_jvp(params, z, t, r, dropped, v_g)
     near(u, gold["u"])
     near(dudt, gold["dudt"])
-    for jvp in (None, partial(model.dit_jvp, params)):
-        each, raw = mf.loss(net, x, y, d, null=10, jvp=jvp, **scales)
+    for dual in (None, partial(model.dit_jvp, params)):
+        each, raw = mf.loss(net, x, y, d, null=10, dual=dual, **scales)
         near(torch.cat((raw["equal"], raw["differ"])), gold["raw"])
         near(each.mean(), gold["loss"])
         gradients = torch.autograd.grad(each.mean(), list(params.values()))

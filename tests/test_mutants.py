@@ -8,6 +8,7 @@ import test_data
 import test_fid
 import test_meanflow
 import test_model
+import test_train
 
 ROOT = Path(__file__).parent.parent
 dual = test_model.test_dit_jvp_is_torch_func_jvp
@@ -19,7 +20,7 @@ MUTANTS = {  # file: [(what is wrong, the right text, the wrong text, the test t
          test_meanflow.test_path_runs_from_data_to_noise_at_velocity_v),
         ("velocity from noise to data", "t * e, e - x", "t * e, x - e",
          test_meanflow.test_path_runs_from_data_to_noise_at_velocity_v),
-        ("r's tangent is 1", "lambda z, t: net(z, t, r, y), (z, t), (v, torch.ones_like(t))",
+        ("r's tangent is 1", "lambda z, t: net(z, t, r, y), (z.clone(), t.clone()), (v, torch.ones_like(t))",
          "lambda z, t, r: net(z, t, r, y), (z, t, r), (v, torch.ones_like(t), torch.ones_like(r))",
          test_meanflow.test_true_average_velocity_is_a_fixed_point_of_the_target),
         ("t's tangent is 0", "(v, torch.ones_like(t))", "(v, torch.zeros_like(t))",
@@ -34,7 +35,7 @@ MUTANTS = {  # file: [(what is wrong, the right text, the wrong text, the test t
          test_meanflow.test_target_is_affine_in_v),
         ("t for t - r", "return v - column(t - r, z)", "return v - column(t, z)",
          test_meanflow.test_target_is_v_where_r_equals_t),
-        ("a gradient through the target", "@torch.no_grad()\ndef derivative", "def derivative",
+        ("a gradient through the target", "@torch.no_grad()\ndef target", "def target",
          test_meanflow.test_no_gradient_flows_through_target_and_guidance),
         ("a gradient through the guidance", "@torch.no_grad()\ndef guide", "def guide",
          test_meanflow.test_no_gradient_flows_through_target_and_guidance),
@@ -69,7 +70,7 @@ MUTANTS = {  # file: [(what is wrong, the right text, the wrong text, the test t
         ("the velocity at r for the class velocity", "v_class=u[:n]", "v_class=u[-n:]",
          test_meanflow.test_splitting_the_rows_changes_neither_value_nor_gradient),
         ("the loss pulls the target, too", "u - u_tgt.detach()", "u - u_tgt",
-         test_meanflow.test_the_target_is_held_fixed_whatever_jvp_returns),
+         test_meanflow.test_the_target_is_held_fixed_whatever_dual_returns),
         ("samples step up", "z - column(t - r, z)", "z + column(t - r, z)",
          test_meanflow.test_any_number_of_steps_lands_where_the_ode_does),
         ("every step starts from the noise", "z = z - column(t - r, z) * net(z", "z = z - column(t - r, z) * net(e",
@@ -105,8 +106,9 @@ MUTANTS = {  # file: [(what is wrong, the right text, the wrong text, the test t
         ("a default-init DiT", 'or name.startswith("final_layer")', "", test_model.test_initial_weights),
         ("Xavier over the kernel's area", "math.prod(shape[1:])", "shape[1]", test_model.test_initial_weights),
         ("no limit of 16 heads", "max(1, min(16, qkv.shape[-1] // 192))", "max(1, qkv.shape[-1] // 192)",
-         test_model.test_heads_of_every_size),
-        ("attention over the batch", ".permute(2, 0, 3, 1, 4)", ".permute(2, 1, 3, 0, 4)", test_model.test_no_layer_mixes_samples),
+         [test_model.test_heads_of_every_size, 1152, 16]),
+        ("LayerNorm over the batch", "F.layer_norm(x, x.shape[-1:], eps=EPS) * (1", "(x - x.mean(0)) * (1",
+         test_model.test_no_layer_mixes_samples),
         ("the first rows for the last", "return x[len(x) - len(dx) :]", "return x[: len(dx)]", dual),
         ("a graph for tangents", "return x[len(x) - len(dx) :].detach()", "return x[len(x) - len(dx) :]", dual),
         ("a bias in a tangent", 'F.linear(dx, params[f"{name}.weight"].detach())',
@@ -125,20 +127,31 @@ MUTANTS = {  # file: [(what is wrong, the right text, the wrong text, the test t
         ("the values' tangent is lost", "+ p.to(q.dtype) @ dv", "", dual),
         ("softmax without its normaliser's tangent", "- (p * ds).sum(-1, keepdim=True))", ")", dual),
         ("scores' tangents unscaled", "q @ dk.mT) * scale", "q @ dk.mT)", dual),
-        ("a tangent's residual stream in bfloat16", ".transpose(1, 2).to(x.dtype)", ".transpose(1, 2)",
+        ("a tangent's residual stream in bfloat16", "dx = dx.to(x.dtype)", "dx = dx",
          test_model.test_tangents_in_bfloat16),
         ("exact GELU in the tangent", 'last(x, dx), approximate="tanh")', "last(x, dx))", dual),
     ],
     "data": [
         ("a new order every step", "epochs = places // count", "epochs = places // batch",
          test_data.test_every_epoch_visits_every_item_once),
-        ("one order for all epochs", 'generator(seed, "order", k))', 'generator(seed, "order", 0))',
+        ("one order for all epochs", 'generator(seed, "order", epoch))', 'generator(seed, "order", 0))',
          test_data.test_epochs_and_seeds_differ_in_order),
         ("blocks of rows for a rank", "[rank::world]", "[rank * batch // world : (rank + 1) * batch // world]",
          test_data.test_batches_are_the_same_from_any_step_and_for_any_number_of_processes),
         ("the seed shifted up", "seed * 2654435769", "seed * 2**32", test_data.test_random_numbers_of_different_things_differ),
         ("streams that share numbers", "STREAMS.index(stream) * 2**30", "STREAMS.index(stream)",
          test_data.test_random_numbers_of_different_things_differ),
+    ],
+    "train": [
+        ("an average of the average", "1 - decay)", "decay)", test_train.test_an_update_is_adam_and_the_average),
+        ("Adam's usual betas", "betas=(0.9, 0.95)", "betas=(0.9, 0.999)", test_train.test_an_update_is_adam_and_the_average),
+        ("weight decay", "fused=True)", "fused=True, weight_decay=0.1)", test_train.test_an_update_is_adam_and_the_average),
+        ("XL/2 guided at all times", '"XL/2": Recipe(0.2, 0.92, (0.0, 0.75)', '"XL/2": Recipe(0.2, 0.92, (0.0, 1.0)',
+         test_train.test_recipes_are_the_papers),
+        ("draws of its own for each process", 'generator(seed, "draws", step)', 'generator(seed + rank, "draws", step)',
+         [test_train.test_the_processes_share_out_the_draws, 16, 2]),
+        ("blocks of draws for a process", "move(d[rank::world])", "move(d[rank * batch // world :][: batch // world])",
+         [test_train.test_the_processes_share_out_the_draws, 16, 2]),
     ],
     "fid": [
         ("a biased covariance", "scatter / (count - 1)", "scatter / count",
@@ -158,8 +171,9 @@ MUTANTS = {  # file: [(what is wrong, the right text, the wrong text, the test t
         ("an item is its own neighbour", "distance.fill_diagonal_(torch.inf)", "pass", test_fid.test_nearest),
     ],
 }
+CRASHES = {"guidance always evaluates": TypeError}  # of the network that is None; the others must fail an assertion
 ROWS = [(file, *row) for file, rows in MUTANTS.items() for row in rows]
-NAMES = {"meanflow": "mf", "model": "model", "data": "data", "fid": "fid"}  # in the tests
+NAMES = {"meanflow": "mf", "model": "model", "data": "data", "fid": "fid", "train": "train"}  # in the tests
 
 
 @pytest.mark.parametrize("file, wrong, old, new, test", ROWS, ids=[row[1] for row in ROWS])
@@ -170,9 +184,8 @@ def test_mutant_is_caught(monkeypatch, file, wrong, old, new, test):
     mutant.__file__ = str(ROOT / f"{file}.py")
     exec(compile(source.replace(old, new), mutant.__file__, "exec"), mutant.__dict__)
     function, *arguments = test if isinstance(test, list) else [test]
-    for module in (test_meanflow, test_model, test_data, test_fid):
+    for module in (test_meanflow, test_model, test_data, test_fid, test_train):
         if hasattr(module, NAMES[file]):
             monkeypatch.setattr(module, NAMES[file], mutant)
-    with pytest.raises(Exception) as caught:
+    with pytest.raises(CRASHES.get(wrong, AssertionError)):
         function(*arguments)
-    assert isinstance(caught.value, (AssertionError, RuntimeError, TypeError, ExceptionGroup)), caught.value

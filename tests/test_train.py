@@ -1,9 +1,11 @@
 """train.py: the same run whether it is undisturbed, killed or shared, and bad input answered in one line."""
 
 import json
+import math
 import os
 import random
 import runpy
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,8 +14,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
+import data
+import model
+import sample
 import train
 
 ROOT = Path(train.__file__).parent
@@ -85,6 +90,7 @@ def test_a_run_killed_at_random_continues_as_if_nothing_had_happened(undisturbed
         kills += 1
         with (folder / "log.jsonl").open("a") as log:
             log.write('{"step": 5')  # what a kill within a write leaves
+    assert (folder / "grid-00000060.png").read_bytes() == (undisturbed[0] / "grid-00000060.png").read_bytes()
     assert kills > 1 and losses(folder) == losses(undisturbed[0])
     assert_same_bits(final(folder), final(undisturbed[0]))
 
@@ -97,7 +103,7 @@ def test_a_longer_run_continues_a_shorter_one(undisturbed, tmp_path):
 
 def test_two_processes_train_the_same_run(undisturbed, tmp_path):
     run("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *command(tmp_path / "run", steps=20))
-    for shared, alone in zip(losses(tmp_path / "run"), losses(undisturbed[0])):
+    for shared, alone in zip(losses(tmp_path / "run"), losses(undisturbed[0])[:2], strict=True):
         assert shared == pytest.approx(alone, rel=1e-4)
 
 
@@ -109,11 +115,11 @@ from functools import partial
 rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 g = torch.Generator().manual_seed(0)
 params = {{name: torch.nn.Parameter((p + 0.02 * torch.randn(p.shape, generator=g)).double())
-          for name, p in model.init((64, 1, 2), channels=1, classes=10, generator=g).items()}}
+          for name, p in model.init((256, 1, 2), channels=1, classes=10, generator=g).items()}}
 x, y = torch.randn(16, 1, 8, 8, generator=g).double(), torch.arange(16) % 10
 draws = [d.double() if d.is_floating_point() else d for d in meanflow.draw(x.shape, generator=g)]
 options = dict(null=10, omega=0.2, kappa=0.92)
-objective = train.Objective(params, **options)
+objective = train.Objective(params, sys.argv[1] == "compiled", **options)
 if world > 1:
     dist.init_process_group("gloo")
 mine = meanflow.Draws(*(d[rank::world] for d in draws))
@@ -128,8 +134,6 @@ if sys.argv[1] == "naive":  # the network inside DistributedDataParallel, and th
     network = torch.nn.parallel.DistributedDataParallel(Network())
     meanflow.loss(network.module, *batch, **options)[0].mean().backward()
 else:
-    if sys.argv[1] == "compiled":
-        objective.compile(fullgraph=True)
     if world > 1:
         objective = torch.nn.parallel.DistributedDataParallel(objective)
     for _ in range(2):  # nothing is compiled again for the second step
@@ -152,7 +156,7 @@ def gradients(folder, way, world):
 
 
 def test_gradients_are_averaged_over_processes_and_survive_the_compiler(tmp_path):
-    """Two processes' gradients are those of the whole batch in one, and so are those of the one graph that compiles.
+    """Two processes' gradients are those of the whole batch in one, compiled or not; later steps compile nothing.
     The usual way, jvp on the network inside DistributedDataParallel, leaves each process with its own."""
     alone = gradients(tmp_path, "objective", 1)
     for way, world in (("objective", 2), ("compiled", 2)):
@@ -161,6 +165,59 @@ def test_gradients_are_averaged_over_processes_and_survive_the_compiler(tmp_path
             assert (shared[name] - alone[name]).norm() <= 1e-11 * alone[name].norm(), (way, world, name)
     naive = gradients(tmp_path, "naive", 2)
     assert all((naive[name] - alone[name]).norm() > 1e-2 * alone[name].norm() for name in alone)
+
+
+# --- what is trained ---
+
+
+def test_recipes_are_the_papers():
+    for size, (omega, kappa, end) in {"B/4": (1, 0.5, 1), "B/2": (1, 0.5, 1), "M/2": (1, 0.5, 1), "L/2": (0.2, 0.92, 0.8),
+                                      "XL/2": (0.2, 0.92, 0.75)}.items():
+        assert train.RECIPES[size] == (omega, kappa, (0, end), 1e-4, 256, 240 * 1281167 // 256, 0.9999)
+    assert train.RECIPES.keys() == model.SIZES.keys()
+
+
+def test_an_update_is_adam_and_the_average():
+    """Against the definition of Adam (arXiv 1412.6980, algorithm 1) with the recipe's betas, in three steps."""
+    w, targets = torch.nn.Parameter(torch.tensor([1.0, -2.0])), torch.tensor([[3.0, 0.5], [-1.0, 2.0], [0.0, 1.0]])
+    state = train.begin({"w": w}, lr=0.1)
+    value, average, m, v = w.detach().clone(), w.detach().clone(), 0, 0
+    for k, target in enumerate(targets, 1):
+        train.update(lambda target: (((w - target) ** 2).sum(), None), state, 0.9, (target,))
+        gradient = 2 * (value - target)
+        m, v = 0.9 * m + 0.1 * gradient, 0.95 * v + 0.05 * gradient**2
+        value = value - 0.1 * (m / (1 - 0.9**k)) / ((v / (1 - 0.95**k)).sqrt() + 1e-8)
+        average = 0.9 * average + 0.1 * value
+    assert (w - value).abs().max() < 1e-6 and (state.ema["w"] - average).abs().max() < 1e-6
+
+
+def test_the_recipe_reaches_the_loss(monkeypatch, tmp_path):
+    seen = []
+
+    class Spy(train.Objective):
+        def __init__(self, params, compiled, **options):
+            seen.append((compiled, options))
+            super().__init__(params, compiled, **options)
+
+    monkeypatch.setattr(train, "Objective", Spy)
+    monkeypatch.setattr(train, "report", lambda *_: None)
+    monkeypatch.setitem(train.RECIPES, "T/2", train.Recipe(0.3, 0.8, (0.1, 0.7), 1e-3, 4, 1, 0.5))
+    train.main(["--out", str(tmp_path)])
+    assert seen == [(torch.cuda.is_available(), dict(null=10, omega=0.3, kappa=0.8, interval=(0.1, 0.7)))]
+
+
+@pytest.mark.parametrize("batch, world", [(16, 1), (16, 2), (12, 4)])
+def test_the_processes_share_out_the_draws(batch, world):
+    """Each has its rows of the one batch, those with r = t first, as many as it says."""
+    images, labels = data.digits()
+    parts = [next(train.stream(images, labels, batch, 3, 5, train.Place(rank, world, torch.device("cpu"))))
+             for rank in range(world)]
+    (x, y, draws, equal), = [next(train.stream(images, labels, batch, 3, 5, train.Place(0, 1, torch.device("cpu"))))]
+    assert equal == int(0.75 * batch) == sum(part[3] for part in parts)
+    for rank, (px, py, pdraws, pequal) in enumerate(parts):
+        assert (pdraws.t[:pequal] == pdraws.r[:pequal]).all() and (pdraws.t[pequal:] > pdraws.r[pequal:]).all()
+        for mine, whole in zip((px, py, *pdraws), (x, y, *draws)):
+            assert torch.equal(mine, whole[rank::world])
 
 
 # --- bad input ---
@@ -181,6 +238,7 @@ def fails(monkeypatch, *argv):
     (["--steps", "0"], "--steps 0: give a number above 0"),
     (["--batch", "-3"], "--batch -3: give a number above 0"),
     (["--lr", "nan"], "--lr nan: give a number above 0"),
+    (["--lr", "inf"], "--lr inf: give a number above 0"),
     (["--save", "0"], "--save 0: give a number above 0"),
     (["--save", "often"], "argument --save: invalid int value: 'often'"),
     (["--speed", "9"], "unrecognized arguments: --speed 9"),
@@ -205,6 +263,43 @@ def test_another_runs_folder_is_left_as_it_is(monkeypatch, undisturbed, flags, w
     assert snapshot(undisturbed[0]) == before
 
 
+@pytest.mark.parametrize("change, flags, words", [
+    (lambda folder: (folder / "log.jsonl").unlink(), [], "has saves, but no log.jsonl"),
+    (lambda folder: (folder / "log.jsonl").write_bytes(b"\xff\n"), [], "is not the log of a run"),
+    (lambda folder: None, ["--steps", "50"], "holds a run of 60 steps already: give --steps 60 or more"),
+    (lambda folder: (folder / "state-00000060.safetensors").write_bytes(b"{"), ["--steps", "70"],
+     "state-00000060.safetensors is damaged"),
+    (lambda folder: (folder / "ema-00000060.safetensors").write_bytes(b"{"), ["--steps", "70"],
+     "ema-00000060.safetensors is damaged"),
+])
+def test_a_folder_out_of_order_is_left_as_it_is(monkeypatch, undisturbed, tmp_path, change, flags, words):
+    folder = shutil.copytree(undisturbed[0], tmp_path / "run")
+    change(folder)
+    before = snapshot(folder)
+    assert words in fails(monkeypatch, *command(folder), *flags)
+    assert snapshot(folder) == before
+
+
+def test_a_file_for_a_folder(monkeypatch, tmp_path):
+    (tmp_path / "run").write_text("mine")
+    assert "run is a file: choose another --out" in fails(monkeypatch, *command(tmp_path / "run"))
+    assert (tmp_path / "run").read_text() == "mine"
+
+
+def test_other_files_in_a_folder_are_left_alone(undisturbed, tmp_path):
+    folder = shutil.copytree(undisturbed[0], tmp_path / "run")
+    shutil.copy(folder / "ema-00000060.safetensors", folder / "ema-best.safetensors")
+    run(*command(folder, steps=80))
+    assert {p.name for p in folder.glob("ema-*")} == {f"ema-{k}.safetensors" for k in ("best", "00000070", "00000080")}
+    assert sample.load(folder)[1]["step"] == "80"
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_and_costs_no_save(monkeypatch, tmp_path):
+    message = fails(monkeypatch, *command(tmp_path / "run", "--lr", "1e30"))
+    assert "the loss is not finite at step" in message and "the last save, of step" in message
+    assert all(math.isfinite(entry["loss"]) for entry in losses(tmp_path / "run"))
+
+
 def test_a_folder_with_a_foreign_log_is_left_as_it_is(monkeypatch, tmp_path):
     for text in ("", "[1]\n", '{"epoch": 1}\n', "hello\n"):
         (tmp_path / "log.jsonl").write_text(text)
@@ -212,11 +307,9 @@ def test_a_folder_with_a_foreign_log_is_left_as_it_is(monkeypatch, tmp_path):
         assert "choose another --out" in message and (tmp_path / "log.jsonl").read_text() == text
 
 
-def test_damaged_state_is_named(monkeypatch, undisturbed, tmp_path):
-    for name, content in snapshot(undisturbed[0]).items():
-        (tmp_path / name).write_bytes(content[:5000] if name == "state-00000060.safetensors" else content)
-    message = fails(monkeypatch, *command(tmp_path, steps=70))
-    assert "state-00000060.safetensors is damaged" in message and "delete it" in message
-    (tmp_path / "state-00000060.safetensors").unlink()
-    run(*command(tmp_path))
-    assert_same_bits(final(tmp_path), final(undisturbed[0]))
+def test_without_the_last_save_the_one_before_is_continued(undisturbed, tmp_path):
+    folder = shutil.copytree(undisturbed[0], tmp_path / "run")
+    (folder / "state-00000060.safetensors").unlink()
+    run(*command(folder))
+    assert_same_bits(final(folder), final(undisturbed[0]))
+    assert losses(folder) == losses(undisturbed[0])
