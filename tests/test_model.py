@@ -85,7 +85,7 @@ def test_heads_of_every_size(width, heads):
     """Heads are 64 wide, but there are no more than 16 (XL/2: 72 wide), which the tensors' shapes do not tell."""
     q, k, v = model.split_heads(torch.arange(2 * 16 * 3 * width).reshape(2, 16, 3 * width))
     assert q.shape == k.shape == v.shape == (2, heads, 16, width // heads)
-    assert (k - q == width).all() and (v - k == width).all() and (q[:, 0].flatten(1)[:, 0] == q.flatten(1)[:, 0]).all()
+    assert (k - q == width).all() and (v - k == width).all()
 
 
 @given(st.integers(0, 5))
