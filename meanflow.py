@@ -112,17 +112,17 @@ def loss(net, x, y, draws, *, null, omega=1.0, kappa=0.0, interval=(0.0, 1.0), p
     s = |u - sg(u_tgt)|^2 is summed over all but the batch axis.
 
     x: (B, ...); y: (B,) int64, below `null`; draws: Draws. `equal`: how many of the first rows have r = t; None counts
-    them, which makes the host wait for a GPU and cannot be compiled. Rows may come in any order: one with r = t further down costs a jvp, no
-    more. Returns the loss, (B,), to be averaged, and a dict of the raw squared errors s, without gradient: "equal",
-    (equal,), of the leading r = t rows and "differ", (B - equal,), of the others. Watch these: for p = 1 the weighted
-    loss is close to 1 from the first step to the last.
+    them, which makes the host wait for a GPU and cannot be compiled. Rows may come in any order: one with r = t further
+    down costs a jvp, no more. Returns the loss, (B,), to be averaged, and a dict of the raw squared errors s, without
+    gradient: "equal", (equal,), of the leading r = t rows and "differ", (B - equal,), of the others. Watch these: for
+    p = 1 the weighted loss is close to 1 from the first step to the last.
 
     dual(z, t, r, y, v) -> (u, du/dt) gives u = net(z, t, r, y) of all rows and, for the last len(v) rows, du/dt along
     (v, 1, 0). None makes the two of net, by a forward and a torch.func.jvp; for a DiT, partial(model.dit_jvp, params)
     makes them in one pass.
 
-    differs from the paper: c = 0.01 and p = 1 are the authors' ImageNet code (the paper has c = 1e-3); their CIFAR-10
-    code has c = 1e-3, p = 0.75.
+    differs from the paper: c = 0.01 (the paper has 1e-3), as in the authors' ImageNet code; for CIFAR-10 theirs has
+    c = 1e-3 and p = 0.75.
     """
     e, t, r, drop = draws
     y = torch.where(drop, null, y)

@@ -81,8 +81,8 @@ class Objective(torch.nn.Module):
     def __init__(self, params, compiled=False, **options):
         super().__init__()
         self.names, self.weights, self.options = list(params), torch.nn.ParameterList(params.values()), options
-        # One block is compiled and serves for all: on a CPU a step takes as long as one graph of everything, which takes
-        # five times as long to compile at depth 12, and longer the deeper it is.
+        # One block is compiled and serves for all: on a CPU a step takes as long as with one graph of everything, which
+        # takes five times as long to compile at depth 12, and longer the deeper it is.
         compile = partial(torch.compile, fullgraph=True, dynamic=False) if compiled else lambda f: f
         self.net, self.dual = partial(dit, block=compile(block)), partial(dit_jvp, block_jvp=compile(block_jvp))
 
@@ -158,7 +158,8 @@ def earlier_log(folder, step, run):
         raise ValueError(f"{path} is not the log of a run: choose another --out") from None
     for key in run:
         if key not in ("steps", "commit", "torch") and before.get(key) != run[key]:
-            raise ValueError(f"{folder} holds a run with {key} {before.get(key)}, not {run[key]}: choose another --out")
+            was = before.get(key)
+            raise ValueError(f"{folder} holds a run with {key} {was}, not {run[key]}: choose another --out")
     return [first, *rest]
 
 
@@ -176,7 +177,7 @@ def report(params, images, labels, seed):
     reals = images.flatten(1)
     truth = fid.statistics(fid.accumulate(None, reals))
     classes = torch.arange(1000) % config(params).classes
-    print(f"1,000 samples against {len(reals):,} real images; Fréchet distance of raw pixels in [-1, 1], not Inception's\n"
+    print(f"1,000 samples, {len(reals):,} real images; Fréchet distance of raw pixels in [-1, 1], not Inception's\n"
           "                nearest real is of the class   Fréchet distance   median distance to the nearest real")
     for steps in (1, 2, 4):
         samples = generate(params, classes, images.shape[1:], steps=steps, seed=seed).flatten(1)
@@ -242,7 +243,7 @@ def join_processes(batch, start):
         starts = [None] * world
         dist.all_gather_object(starts, start)
         if len(set(starts)) > 1:
-            raise ValueError(f"processes see saves of different steps, {starts}: --out must be on a disk that all share")
+            raise ValueError(f"processes see saves of different steps, {starts}: put --out on a disk that all share")
     return Place(rank, world, device)
 
 
@@ -254,7 +255,8 @@ def stream(images, labels, batch, seed, start, place):
     rank, world, device = place
     move = lambda a: a.contiguous().pin_memory().to(device, non_blocking=True) if device.type == "cuda" else a
     equal = len(range(rank, int(SHARE * batch), world))
-    for step, (x, y) in enumerate(data.batches(images, labels, batch, seed=seed, step=start, rank=rank, world=world), start):
+    batches = data.batches(images, labels, batch, seed=seed, step=start, rank=rank, world=world)
+    for step, (x, y) in enumerate(batches, start):
         draws = draw((batch, *images.shape[1:]), generator=data.generator(seed, "draws", step), share=SHARE)
         yield move(x), move(y), Draws(*(move(d[rank::world]) for d in draws)), equal
 
@@ -283,7 +285,7 @@ def record(log, folder, step, sums, world):
     total, count = sums.cpu().chunk(2)
     means = dict(zip(("loss", "raw_equal", "raw_differ"), (total / count.clamp(min=1)).tolist()))
     if not math.isfinite(sum(means.values())):
-        raise ValueError(f"the loss is not finite at step {step}: {means}; the last save, of step {newest(folder)}, is as it was")
+        raise ValueError(f"the loss is not finite at step {step}: {means}; the last save is of step {newest(folder)}")
     if log:
         log.write(json.dumps({"step": step, **means, "time": round(time.time(), 3)}) + "\n")
 
@@ -294,7 +296,7 @@ def main(argv=None):
     shape, classes = images.shape[1:], int(labels.max()) + 1
     start, about = newest(folder), {"size": size, "data": "digits", "commit": commit(), "torch": torch.__version__}
     if start > recipe.steps:
-        raise ValueError(f"{folder} holds a run of {start} steps already: give --steps {start} or more, or another --out")
+        raise ValueError(f"{folder} holds a run of {start} steps: give --steps {start} or more, or another --out")
     lines = earlier_log(folder, start, about | {"seed": seed, **recipe._asdict(), "interval": list(recipe.interval)})
     place = join_processes(recipe.batch, start)
     fresh = init(size, channels=shape[0], classes=classes, generator=data.generator(seed, "init", 0))
@@ -303,7 +305,8 @@ def main(argv=None):
     if start:
         restore(folder, start, state)
     log = open_log(folder, lines) if place.rank == 0 else None
-    objective = Objective(params, compiled, null=classes, omega=recipe.omega, kappa=recipe.kappa, interval=recipe.interval)
+    guidance = {"omega": recipe.omega, "kappa": recipe.kappa, "interval": recipe.interval}
+    objective = Objective(params, compiled, null=classes, **guidance)
     if place.world > 1:
         objective = torch.nn.parallel.DistributedDataParallel(objective)
 
@@ -319,7 +322,8 @@ def main(argv=None):
             sums.zero_()
         if saving and place.rank == 0:  # the picture first: what is saved has one
             save_grid(generate(state.ema, torch.arange(100) * classes // 100, shape), folder / f"grid-{step:08}.png")
-            save(folder, step, state, {name: str(value) for name, value in about.items()} | {"resolution": str(shape[-1])})
+            metadata = about | {"resolution": shape[-1]}
+            save(folder, step, state, {name: str(value) for name, value in metadata.items()})
     if place.rank == 0:
         report(state.ema, images, labels, seed)
         print(folder / f"grid-{recipe.steps:08}.png")

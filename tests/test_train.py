@@ -108,11 +108,11 @@ def test_two_processes_train_the_same_run(undisturbed, tmp_path):
 
 
 GRADIENTS = """
-import os, sys, torch, torch.distributed as dist
+import sys, torch, torch.distributed as dist
 sys.path.insert(0, {root!r})
-import data, meanflow, model, train
+import meanflow, model, train
 from functools import partial
-rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+rank, world, _ = train.join_processes(16, 0)
 g = torch.Generator().manual_seed(0)
 params = {{name: torch.nn.Parameter((p + 0.02 * torch.randn(p.shape, generator=g)).double())
           for name, p in model.init((256, 1, 2), channels=1, classes=10, generator=g).items()}}
@@ -120,8 +120,6 @@ x, y = torch.randn(16, 1, 8, 8, generator=g).double(), torch.arange(16) % 10
 draws = [d.double() if d.is_floating_point() else d for d in meanflow.draw(x.shape, generator=g)]
 options = dict(null=10, omega=0.2, kappa=0.92)
 objective = train.Objective(params, sys.argv[1] == "compiled", **options)
-if world > 1:
-    dist.init_process_group("gloo")
 mine = meanflow.Draws(*(d[rank::world] for d in draws))
 batch = x[rank::world], y[rank::world], mine
 if sys.argv[1] == "naive":  # the network inside DistributedDataParallel, and the loss around it
@@ -266,7 +264,7 @@ def test_another_runs_folder_is_left_as_it_is(monkeypatch, undisturbed, flags, w
 @pytest.mark.parametrize("change, flags, words", [
     (lambda folder: (folder / "log.jsonl").unlink(), [], "has saves, but no log.jsonl"),
     (lambda folder: (folder / "log.jsonl").write_bytes(b"\xff\n"), [], "is not the log of a run"),
-    (lambda folder: None, ["--steps", "50"], "holds a run of 60 steps already: give --steps 60 or more"),
+    (lambda folder: None, ["--steps", "50"], "holds a run of 60 steps: give --steps 60 or more"),
     (lambda folder: (folder / "state-00000060.safetensors").write_bytes(b"{"), ["--steps", "70"],
      "state-00000060.safetensors is damaged"),
     (lambda folder: (folder / "ema-00000060.safetensors").write_bytes(b"{"), ["--steps", "70"],
