@@ -328,6 +328,7 @@ def main(argv=None):
         report(state.ema, images, labels, seed)
         print(folder / f"grid-{recipe.steps:08}.png")
     if place.world > 1:
+        del objective  # or the group's threads, which it holds, may outlive the interpreter and abort its shutdown
         dist.destroy_process_group()
 
 

@@ -110,7 +110,7 @@ def test_two_processes_train_the_same_run(undisturbed, tmp_path):
 
 
 GRADIENTS = """
-import sys, torch, torch.distributed as dist
+import os, sys, torch, torch.distributed as dist
 sys.path.insert(0, {root!r})
 import meanflow, model, train
 from functools import partial
@@ -144,6 +144,7 @@ if rank == 0:
     torch.save({{name: p.grad for name, p in params.items()}}, {folder!r} + f"/{{sys.argv[1]}}-{{world}}.pt")
 if world > 1:
     dist.destroy_process_group()
+    os._exit(0)  # gloo's threads outlive the globals here, and now and then abort the interpreter's shutdown
 """
 
 
