@@ -115,11 +115,12 @@ sys.path.insert(0, {root!r})
 import meanflow, model, train
 from functools import partial
 rank, world, _ = train.join_processes(16, 0)
+dtype = torch.float32 if sys.argv[1] == "compiled" else torch.float64  # torch 2.11 compiles no attention in float64
 g = torch.Generator().manual_seed(0)
-params = {{name: torch.nn.Parameter((p + 0.02 * torch.randn(p.shape, generator=g)).double())
+params = {{name: torch.nn.Parameter((p + 0.02 * torch.randn(p.shape, generator=g)).to(dtype))
           for name, p in model.init((256, 1, 2), channels=1, classes=10, generator=g).items()}}
-x, y = torch.randn(16, 1, 8, 8, generator=g).double(), torch.arange(16) % 10
-draws = [d.double() if d.is_floating_point() else d for d in meanflow.draw(x.shape, generator=g)]
+x, y = torch.randn(16, 1, 8, 8, generator=g).to(dtype), torch.arange(16) % 10
+draws = [d.to(dtype) if d.is_floating_point() else d for d in meanflow.draw(x.shape, generator=g)]
 options = dict(null=10, omega=0.2, kappa=0.92)
 objective = train.Objective(params, sys.argv[1] == "compiled", **options)
 mine = meanflow.Draws(*(d[rank::world] for d in draws))
@@ -160,10 +161,10 @@ def test_gradients_are_averaged_over_processes_and_survive_the_compiler(tmp_path
     """Two processes' gradients are those of the whole batch in one, compiled or not; later steps compile nothing.
     The usual way, jvp on the network inside DistributedDataParallel, leaves each process with its own."""
     alone = gradients(tmp_path, "objective", 1)
-    for way, world in (("objective", 2), ("compiled", 2)):
+    for way, world, tolerance in (("objective", 2, 1e-11), ("compiled", 2, 1e-4)):
         shared = gradients(tmp_path, way, world)
         for name in alone:
-            assert (shared[name] - alone[name]).norm() <= 1e-11 * alone[name].norm(), (way, world, name)
+            assert (shared[name] - alone[name]).norm() <= tolerance * alone[name].norm(), (way, world, name)
     naive = gradients(tmp_path, "naive", 2)
     assert all((naive[name] - alone[name]).norm() > 1e-2 * alone[name].norm() for name in alone)
 
