@@ -14,13 +14,13 @@ import torch
 STREAMS = ("order", "draws", "samples", "init")  # what random numbers are for: each has its own
 
 
-def generator(seed, stream, k, device="cpu"):
+def generator(seed, stream, k):
     """The random numbers of item k (an epoch, a step, a sample; below 2^30) of one of STREAMS of the run `seed`.
 
     Torch's CPU generator takes no more than the low 32 bits of its seed. This map into them keeps apart all (stream, k)
     of one run, and starts neighbouring runs' streams 2^32 / 1.618 apart.
     """
-    return torch.Generator(device).manual_seed((seed * 2654435769 + STREAMS.index(stream) * 2**30 + k) % 2**32)
+    return torch.Generator().manual_seed((seed * 2654435769 + STREAMS.index(stream) * 2**30 + k) % 2**32)
 
 
 def digits():

@@ -10,7 +10,7 @@ def accumulate(state, features):
     """Adds features, (n, d), to the running statistics `state`: (count, mean (d,), scatter (d, d)), or None at first.
 
     float64. Each batch is centred on its own mean, and the means are then combined (Chan, Golub, LeVeque 1983), so a
-    large common offset costs no digits, as it does where sums of raw products are kept.
+    large common offset costs no digits; in sums of raw products it would.
     """
     features = features.double()
     n, mean = len(features), features.mean(0)

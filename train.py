@@ -78,7 +78,7 @@ class Objective(torch.nn.Module):
     """A module whose forward is the loss, for DistributedDataParallel to wrap. Wrapping the network would not do: jvp
     fails on the wrapper, and on the network inside of it trains without ever averaging gradients."""
 
-    def __init__(self, params, compiled=False, **options):
+    def __init__(self, params, compiled, **options):
         super().__init__()
         self.names, self.weights, self.options = list(params), torch.nn.ParameterList(params.values()), options
         # One block is compiled and serves for all: on a CPU a step takes as long as with one graph of everything, which
@@ -238,7 +238,7 @@ def join_processes(batch, start):
         torch.cuda.set_device(device)
     if world > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-        # Else the compiler cuts blocks where DistributedDataParallel's buckets end, and gradients get lost at the cuts.
+        # Else the compiler cuts graphs where DistributedDataParallel's buckets end, and forgets no_grad at the cuts.
         torch._dynamo.config.optimize_ddp = False
         starts = [None] * world
         dist.all_gather_object(starts, start)

@@ -335,8 +335,8 @@ def test_minimising_the_loss_finds_the_flow():
     w = torch.tensor([-1.0, 0.7], dtype=torch.float64, requires_grad=True)  # mean, log of the deviation
     adam = torch.optim.Adam([w], lr=0.05, betas=(0.9, 0.95))
     y, path = torch.zeros(4096, dtype=torch.int64), []
-    for step in range(300):
-        adam.param_groups[0]["lr"] = 0.05 * (1 - step / 300)
+    for k in range(300):
+        adam.param_groups[0]["lr"] = 0.05 * (1 - k / 300)
         x = truth[0] + truth[1] * torch.randn(4096, 1, generator=g, dtype=torch.float64)
         d = mf.draw(x.shape, generator=g, share=0.25)
         d = mf.Draws(d.e.double(), d.t.double(), d.r.double(), d.drop)
