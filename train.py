@@ -328,8 +328,9 @@ def main(argv=None):
         report(state.ema, images, labels, seed)
         print(folder / f"grid-{recipe.steps:08}.png")
     if place.world > 1:
-        del objective  # or the group's threads, which it holds, may outlive the interpreter and abort its shutdown
-        dist.destroy_process_group()
+        dist.barrier()  # nobody leaves while another still works
+        sys.stdout.flush()
+        os._exit(0)  # all is written; gloo's threads now and then abort an ordinary exit, and torchrun then ends the rest
 
 
 if __name__ == "__main__":

@@ -144,8 +144,8 @@ else:
 if rank == 0:
     torch.save({{name: p.grad for name, p in params.items()}}, {folder!r} + f"/{{sys.argv[1]}}-{{world}}.pt")
 if world > 1:
-    dist.destroy_process_group()
-    os._exit(0)  # gloo's threads outlive the globals here, and now and then abort the interpreter's shutdown
+    dist.barrier()
+    os._exit(0)  # as train.py does
 """
 
 
