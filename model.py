@@ -1,10 +1,13 @@
 """The DiT of MeanFlow as a pure function of a parameter dict: dit(params, z, t, r, y) -> u.
 
-Peebles, Xie: Scalable Diffusion Models with Transformers, arXiv 2212.09748, conditioned on (t, t - r) as in MeanFlow,
-arXiv 2505.13447v1 (Table 1c). Parameter names are those of facebookresearch/DiT, with `h_embedder` for t - r beside
-`t_embedder`. Every size that a network has is read off its tensors, so a file of weights needs nothing beside it.
+Peebles, Xie: Scalable Diffusion Models with Transformers, arXiv 2212.09748, conditioned on
+(t, t - r) as in MeanFlow, arXiv 2505.13447v1 (Table 1c). Parameters have the names of
+facebookresearch/DiT, with `h_embedder` for t - r beside `t_embedder`. Width, depth, patch, channels
+and classes are read off the tensors' shapes, so a file of weights needs no config beside it.
 
-    python model.py             prints the sizes, their parameters and what a forward costs
+    python model.py     print the sizes, their parameters and the cost of a forward pass
+
+Shapes: B samples of C channels, N = H W / patch^2 tokens, D = width, m rows that have a tangent.
 """
 
 import math
@@ -14,10 +17,10 @@ import torch
 import torch.nn.functional as F
 
 EPS = 1e-6  # of LayerNorm
-FREQUENCIES = 256  # width of the sinusoidal time embedding, half cosines, half sines
+SINUSOIDS = 256  # width of the time embedding: 128 cosines, 128 sines
 
 SIZES = {  # width, depth, patch (Table 4)
-    "T/2": (64, 4, 2),  # ours, for the 8x8 digits
+    "T/2": (64, 4, 2),  # not the paper's: for the 8x8 digits
     "B/4": (768, 12, 4),
     "B/2": (768, 12, 2),
     "M/2": (1024, 16, 2),
@@ -35,7 +38,7 @@ class Config(NamedTuple):
 
 
 def shapes(config):
-    """{name: shape} of every parameter of a DiT of this Config."""
+    """Return {name: shape} of every parameter of a DiT of this Config."""
     width, depth, patch, channels, classes = config
 
     def linear(name, outputs, *inputs):
@@ -43,44 +46,40 @@ def shapes(config):
 
     tensors = linear("x_embedder.proj", width, channels, patch, patch)
     for name in ("t_embedder", "h_embedder"):
-        tensors |= linear(f"{name}.mlp.0", width, FREQUENCIES) | linear(f"{name}.mlp.2", width, width)
+        tensors |= linear(f"{name}.mlp.0", width, SINUSOIDS) | linear(f"{name}.mlp.2", width, width)
     tensors["y_embedder.embedding_table.weight"] = (classes + 1, width)
     for i in range(depth):
-        tensors |= linear(f"blocks.{i}.attn.qkv", 3 * width, width) | linear(f"blocks.{i}.attn.proj", width, width)
-        tensors |= linear(f"blocks.{i}.mlp.fc1", 4 * width, width) | linear(f"blocks.{i}.mlp.fc2", width, 4 * width)
+        tensors |= linear(f"blocks.{i}.attn.qkv", 3 * width, width)
+        tensors |= linear(f"blocks.{i}.attn.proj", width, width)
+        tensors |= linear(f"blocks.{i}.mlp.fc1", 4 * width, width)
+        tensors |= linear(f"blocks.{i}.mlp.fc2", width, 4 * width)
         tensors |= linear(f"blocks.{i}.adaLN_modulation.1", 6 * width, width)
     tensors |= linear("final_layer.adaLN_modulation.1", 2 * width, width)
     return tensors | linear("final_layer.linear", patch * patch * channels, width)
 
 
-def config(params):
-    """The Config of a parameter dict, read off the tensors' shapes.
+def depth(params):
+    """Return the number of transformer blocks."""
+    return sum(name.endswith("attn.qkv.weight") for name in params)
 
-    Raises ValueError, with a message of one line, unless `params` has exactly the tensors of some DiT.
-    """
-    anchors = ("x_embedder.proj.weight", "y_embedder.embedding_table.weight")
-    for name, axes in zip(anchors, (4, 2)):
-        if name not in params or params[name].ndim != axes:
-            raise ValueError(f"not a DiT with DiT's names: no {axes}-dimensional tensor {name}")
-    width, channels, patch, _ = params[anchors[0]].shape
-    depth = len({name.split(".")[1] for name in params if name.startswith("blocks.")})
-    found = Config(width, depth, patch, channels, len(params[anchors[1]]) - 1)
-    expected = shapes(found)
-    for kind, names in (("missing", expected.keys() - params.keys()), ("unknown", params.keys() - expected.keys())):
-        if names:
-            raise ValueError(f"{len(names)} {kind} tensor(s) for a DiT of {found}, such as {min(names)}")
-    for name, shape in expected.items():
-        if tuple(params[name].shape) != shape:
-            raise ValueError(f"{name} has shape {tuple(params[name].shape)}, a DiT of {found} has {shape}")
-    return found
+
+def config(params):
+    """Return the Config of a parameter dict. Raise ValueError if it has none of a DiT."""
+    try:
+        width, channels, patch, _ = params["x_embedder.proj.weight"].shape
+        labels, _ = params["y_embedder.embedding_table.weight"].shape
+    except (KeyError, ValueError):
+        names = "x_embedder.proj.weight and y_embedder.embedding_table.weight"
+        raise ValueError(f"not the weights of a DiT, which have {names}") from None
+    return Config(width, depth(params), patch, channels, labels - 1)
 
 
 def init(size="B/2", *, channels=4, classes=1000, generator):
-    """Fresh parameters, {name: float32 tensor} on the generator's device.
+    """Return fresh parameters, {name: float32 tensor} on the generator's device.
 
-    size: a key of SIZES, or (width, depth, patch). Xavier-uniform linears (the patch projection as one), N(0, 0.02) for
-    the time MLPs and the label table, zero biases; modulations and output are zero, so u = 0 at first (adaLN-Zero).
-    Raises ValueError for an unknown size.
+    size: a key of SIZES, or (width, depth, patch). Linears are Xavier uniform (the patch projection
+    as one), the time MLPs and the label table N(0, 0.02), biases zero. Modulations and the output
+    are zero (adaLN-Zero), so that u = 0 at first. Raises ValueError for an unknown size.
     """
     if isinstance(size, str) and size not in SIZES:
         raise ValueError(f"size {size!r} is unknown: choose one of {', '.join(SIZES)}")
@@ -98,45 +97,7 @@ def init(size="B/2", *, channels=4, classes=1000, generator):
     return params
 
 
-def adopt(params, tensors):
-    """Fresh `params` with the values of `tensors`, a checkpoint of the same size with DiT's names, and the names of what
-    was taken, skipped and created: (params, taken, skipped, created).
-
-    Of an output of twice the channels, as DiT and SiT have it for a variance, the first half is kept. An `h_embedder`
-    that is not there is created such that it adds nothing: at first u(z, t, r) is the checkpoint's v(z, t). That means
-    something if v is the velocity e - x at z = (1 - t) x + t e and t in [0, 1], as in REPA's SiT. SiT's own time runs
-    from noise to data and its velocity is x - e; DiT's times are 0 ... 999 and its output is noise.
-
-    Raises ValueError, with one line, where a tensor is missing or has another shape.
-    """
-    params, tensors = dict(params), dict(tensors)
-    created = [name for name in params if name.startswith("h_embedder") and name not in tensors]
-    for name in ("final_layer.linear.weight", "final_layer.linear.bias"):
-        if name in tensors and tensors[name].shape[:1] == (2 * len(params[name]),):
-            tensors[name] = tensors[name].unflatten(0, (-1, 2, params["x_embedder.proj.weight"].shape[1]))[:, 0].flatten(0, 1)
-    for name, p in params.items():
-        if name in created:
-            params[name] = torch.zeros_like(p) if ".mlp.2." in name else p
-        elif name not in tensors:
-            raise ValueError(f"no tensor {name}: give a checkpoint with DiT's names")
-        elif tensors[name].shape != p.shape:
-            raise ValueError(f"{name} has shape {tuple(tensors[name].shape)}, not {tuple(p.shape)}: give a checkpoint of the "
-                             "same --size, channels and classes")
-        elif not tensors[name].isfinite().all():
-            raise ValueError(f"{name} has values that are not finite: give an earlier checkpoint")
-        else:
-            params[name] = tensors[name].float()
-    return params, [name for name in params if name not in created], sorted(tensors.keys() - params.keys()), created
-
-
-def positions(width, height, columns, like):
-    """Fixed 2-D positions, (height * columns, width): the column in the first half, the row in the second, each as
-    sines, then cosines of width / 4 frequencies from 1 to 1/10000."""
-    frequencies = 10000 ** (-torch.arange(width // 4, device=like.device, dtype=like.dtype) / (width // 4))
-    row, column = torch.meshgrid(torch.arange(height, device=like.device), torch.arange(columns, device=like.device),
-                                 indexing="ij")
-    angles = [place.flatten()[:, None] * frequencies for place in (column, row)]
-    return torch.cat([f(angle) for angle in angles for f in (torch.sin, torch.cos)], 1)
+# --- the layers ---
 
 
 def linear(params, name, x):
@@ -144,41 +105,86 @@ def linear(params, name, x):
 
 
 def sinusoids(t):
-    """Times, (B,) in [0, 1] and not scaled by 1000, as (B, 1, FREQUENCIES), cosines first; and its derivative by t."""
-    half = FREQUENCIES // 2
-    frequencies = torch.exp(-math.log(10000) * torch.arange(half, device=t.device, dtype=t.dtype) / half)
+    """Embed times, (B,) in [0, 1] and not scaled by 1000, as (B, 1, SINUSOIDS), cosines first.
+
+    Returns the embedding and its derivative with respect to t.
+    """
+    half = SINUSOIDS // 2
+    exponents = torch.arange(half, device=t.device, dtype=t.dtype) / half
+    frequencies = torch.exp(-math.log(10000) * exponents)
     cos, sin = (t[:, None, None] * frequencies).cos(), (t[:, None, None] * frequencies).sin()
     return torch.cat((cos, sin), -1), torch.cat((-sin * frequencies, cos * frequencies), -1)
 
 
-def embed(params, name, t):
-    """Embeds times, (B,), as (B, 1, width), in their own precision under autocast, too: bfloat16 has 8 bits."""
-    with torch.autocast("cuda" if t.is_cuda else "cpu", enabled=False):
-        return linear(params, f"{name}.mlp.2", F.silu(linear(params, f"{name}.mlp.0", sinusoids(t)[0])))
+def without_autocast(t):
+    """Keep the precision of times, which need more than the 8 bits of bfloat16."""
+    return torch.autocast("cuda" if t.is_cuda else "cpu", enabled=False)
 
 
-def patches(z, patch):
-    """z, (B, channels, H, W), cut into (B, N, channels * patch * patch), row by row."""
-    z = z.unflatten(3, (-1, patch)).unflatten(2, (-1, patch))  # B, channels, rows, p, columns, q
-    return z.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
+def embed_time(params, name, t):
+    """Embed times, (B,), as (B, 1, D)."""
+    with without_autocast(t):
+        x = F.silu(linear(params, f"{name}.mlp.0", sinusoids(t)[0]))
+        return linear(params, f"{name}.mlp.2", x)
 
 
-def tokens(params, z):
-    """The patches of z as tokens at their places, (B, N, width). A convolution would do the same, but leave the width
-    outermost in memory: torch 2.13's compiler then gets the gradient of a block 2 % wrong on a CPU, and says nothing."""
-    w, patch = params["x_embedder.proj.weight"], params["x_embedder.proj.weight"].shape[-1]
-    x = F.linear(patches(z, patch), w.flatten(1), params["x_embedder.proj.bias"])
-    return x + positions(len(w), z.shape[2] // patch, z.shape[3] // patch, z)
+def embed_label(params, y):
+    """Embed labels, (B,) int64, as (B, 1, D)."""
+    return F.embedding(y, params["y_embedder.embedding_table.weight"])[:, None]
+
+
+def patchify(z, patch):
+    """Cut z, (B, C, H, W), into patches, (B, N, C * patch * patch), row by row."""
+    z = z.unflatten(3, (-1, patch)).unflatten(2, (-1, patch))  # b c (row p) (col q)
+    return z.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)  # b (row col) (c p q)
+
+
+def unpatchify(x, patch, like):
+    """Join tokens, (B, N, patch * patch * C), to an image of the size and dtype of `like`."""
+    rows = like.shape[2] // patch
+    x = x.unflatten(2, (patch, patch, -1)).unflatten(1, (rows, -1))  # b row col p q c
+    x = x.permute(0, 5, 1, 3, 2, 4).flatten(4).flatten(2, 3)  # b c (row p) (col q)
+    return x.to(like.dtype)
+
+
+def positions(width, rows, columns, like):
+    """Return the fixed 2-D positions, (rows * columns, width).
+
+    The first half encodes the column, the second the row, each by width / 4 sines, then cosines.
+    """
+    quarter = torch.arange(width // 4, device=like.device, dtype=like.dtype) / (width // 4)
+    frequencies = 10000**-quarter
+    row = torch.arange(rows, device=like.device).repeat_interleave(columns)
+    column = torch.arange(columns, device=like.device).repeat(rows)
+    angles = [place[:, None] * frequencies for place in (column, row)]
+    return torch.cat([f(angle) for angle in angles for f in (torch.sin, torch.cos)], 1)
+
+
+def embed_patches(params, z):
+    """Embed the patches of z, (B, C, H, W), with their positions, as tokens (B, N, D).
+
+    A convolution would do the same, but leave D outermost in memory, for which torch 2.13's
+    compiler gets the gradient of a block wrong by 2 %, silently, on a CPU.
+    """
+    w, bias = params["x_embedder.proj.weight"], params["x_embedder.proj.bias"]
+    width, _, patch, _ = w.shape
+    x = F.linear(patchify(z, patch), w.flatten(1), bias)
+    return x + positions(width, z.shape[2] // patch, z.shape[3] // patch, z)
+
+
+def norm(x):
+    """LayerNorm without parameters."""
+    return F.layer_norm(x, x.shape[-1:], eps=EPS)
 
 
 def modulate(x, shift, scale):
-    """Adaptive LayerNorm of the tokens x, (B, N, width), by each sample's shift and scale, (B, 1, width)."""
-    return F.layer_norm(x, x.shape[-1:], eps=EPS) * (1 + scale) + shift
+    """Scale and shift tokens x, (B, N, D), for each sample: shift, scale (B, 1, D)."""
+    return x * (1 + scale) + shift
 
 
 def split_heads(qkv):
-    """(B, N, 3 width) as queries, keys and values, each (B, heads, N, width / heads)."""
-    heads = max(1, min(16, qkv.shape[-1] // 192))  # of 64, but no more than 16: true of every size of the paper
+    """Split (B, N, 3 D) into queries, keys and values, each (B, heads, N, D / heads)."""
+    heads = max(1, min(16, qkv.shape[-1] // 3 // 64))  # 64 wide, at most 16: as in every size above
     return qkv.unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4).unbind()
 
 
@@ -192,52 +198,51 @@ def attention(params, name, x):
 
 
 def mlp(params, name, x):
-    return linear(params, f"{name}.fc2", F.gelu(linear(params, f"{name}.fc1", x), approximate="tanh"))
+    x = F.gelu(linear(params, f"{name}.fc1", x), approximate="tanh")
+    return linear(params, f"{name}.fc2", x)
 
 
-def image(x, patch, like):
-    """Tokens of patch * patch * channels values, (B, N, ...), as an image with the height and dtype of `like`."""
-    x = x.unflatten(2, (patch, patch, -1)).unflatten(1, (like.shape[2] // patch, -1))  # B, rows, columns, p, q, channels
-    return x.permute(0, 5, 1, 3, 2, 4).flatten(4).flatten(2, 3).to(like.dtype)
-
-
-def blocks(params):
-    """The parameters of each block, {name without "blocks.i.": tensor}."""
-    depth = sum(name.endswith("attn.qkv.weight") for name in params)
+def block_params(params):
+    """Return the parameters of each block, [{name without "blocks.i.": tensor}]."""
     names = [name.removeprefix("blocks.0.") for name in params if name.startswith("blocks.0.")]
-    return [{name: params[f"blocks.{i}.{name}"] for name in names} for i in range(depth)]
+    return [{k: params[f"blocks.{i}.{k}"] for k in names} for i in range(depth(params))]
 
 
 def block(w, x, c):
-    """A transformer block with adaLN-Zero: tokens x, (B, N, width), given the condition c, (B, 1, width)."""
-    shift1, scale1, gate1, shift2, scale2, gate2 = linear(w, "adaLN_modulation.1", c).chunk(6, -1)
-    x = x + gate1 * attention(w, "attn", modulate(x, shift1, scale1))
-    return x + gate2 * mlp(w, "mlp", modulate(x, shift2, scale2))
+    """Apply a transformer block with adaLN-Zero to tokens x, (B, N, D), under condition c."""
+    modulation = linear(w, "adaLN_modulation.1", c)  # (B, 1, 6 D)
+    shift1, scale1, gate1, shift2, scale2, gate2 = modulation.chunk(6, -1)  # (B, 1, D) each
+    x = x + gate1 * attention(w, "attn", modulate(norm(x), shift1, scale1))  # (B, N, D)
+    return x + gate2 * mlp(w, "mlp", modulate(norm(x), shift2, scale2))  # (B, N, D)
 
 
 def dit(params, z, t, r, y, *, block=block):
-    """The average velocity u(z, t, r | y) that the network gives.
+    """Return the average velocity u(z, t, r | y), shaped like z.
 
-    z: (B, channels, H, W), H and W multiples of the patch; t, r: (B,) in [0, 1]; all in the parameters' dtype, unless
-    under autocast. y: (B,) int64 in [0, classes], where `classes` means "no class". Returns u, shaped like z. To
-    compile, hand in a compiled `block`: it serves all blocks.
+    z: (B, C, H, W), H and W divisible by the patch; t, r: (B,) in [0, 1]; all in the parameters'
+    dtype unless under autocast. y: (B,) int64 in [0, classes], where `classes` means "no class".
+    To compile, pass a compiled `block`: it serves all blocks.
     """
     patch = params["x_embedder.proj.weight"].shape[-1]
-    x = tokens(params, z)
-    c = embed(params, "t_embedder", t) + embed(params, "h_embedder", t - r)
-    c = F.silu(c + F.embedding(y, params["y_embedder.embedding_table.weight"])[:, None])
-    for w in blocks(params):
-        x = block(w, x, c)
-    shift, scale = linear(params, "final_layer.adaLN_modulation.1", c).chunk(2, -1)
-    return image(linear(params, "final_layer.linear", modulate(x, shift, scale)), patch, z)
+    x = embed_patches(params, z)  # (B, N, D)
+    c = embed_time(params, "t_embedder", t) + embed_time(params, "h_embedder", t - r)  # (B, 1, D)
+    c = F.silu(c + embed_label(params, y))  # (B, 1, D)
+    for w in block_params(params):
+        x = block(w, x, c)  # (B, N, D)
+    shift, scale = linear(params, "final_layer.adaLN_modulation.1", c).chunk(2, -1)  # (B, 1, D)
+    x = linear(params, "final_layer.linear", modulate(norm(x), shift, scale))  # (B, N, patch^2 C)
+    return unpatchify(x, patch, z)  # (B, C, H, W)
 
 
-# The same in forward mode. Each layer returns a pair: its value for all rows, with its graph, and its tangent for the
-# last len(dx) rows. Tangents are made of detached values and weights, so that they have no graph.
+# --- the same in forward mode ---
+#
+# Each function below returns a pair: the value for all B rows, with its graph, and the tangent of
+# the last m = len(dx) rows. Tangents are computed from detached values and weights, so they have no
+# graph, and the values may use any attention kernel.
 
 
-def last(x, dx):
-    """The values of the rows that have a tangent."""
+def tail(x, dx):
+    """Return the values of the rows that have a tangent, detached."""
     return x[len(x) - len(dx) :].detach()
 
 
@@ -247,91 +252,101 @@ def linear_jvp(params, name, x, dx):
 
 
 def silu_jvp(x, dx):
-    """An elementwise function has a diagonal Jacobian, so that forward and backward mode are the same."""
-    return F.silu(x), torch.ops.aten.silu_backward(dx, last(x, dx))
+    """The Jacobian of an elementwise function is diagonal: forward and backward mode agree."""
+    return F.silu(x), torch.ops.aten.silu_backward(dx, tail(x, dx))
 
 
-def embed_jvp(params, name, t, m):
-    """Embeds times, (B,); the tangent, along t, of the last m."""
-    with torch.autocast("cuda" if t.is_cuda else "cpu", enabled=False):
+def embed_time_jvp(params, name, t, m):
+    """Embed times, (B,), and differentiate the embedding of the last m with respect to them."""
+    with without_autocast(t):
         x, dx = sinusoids(t)
         x, dx = silu_jvp(*linear_jvp(params, f"{name}.mlp.0", x, dx[len(t) - m :]))
         return linear_jvp(params, f"{name}.mlp.2", x, dx)
 
 
-def modulate_jvp(x, dx, shift, dshift, scale, dscale):
-    """LayerNorm divides by the deviation what is left of dx without its mean and its part along the output n; the rest
-    is the product rule."""
-    y, x = modulate(x, shift, scale), last(x, dx)
-    n, centred = F.layer_norm(x, x.shape[-1:], eps=EPS), x - x.mean(-1, keepdim=True)
+def norm_jvp(x, dx):
+    """Remove from dx its mean and its part along the output, then divide by the deviation of x."""
+    y, x = norm(x), tail(x, dx)
+    n, centred = norm(x), x - x.mean(-1, keepdim=True)
     dn = dx - dx.mean(-1, keepdim=True) - n * (n * dx).mean(-1, keepdim=True)
-    dn = dn * (centred.square().mean(-1, keepdim=True) + EPS).rsqrt()
-    return y, dn * (1 + last(scale, dx)) + n * dscale + dshift
+    return y, dn * (centred.square().mean(-1, keepdim=True) + EPS).rsqrt()
+
+
+def modulate_jvp(x, dx, shift, dshift, scale, dscale):
+    dy = dx * (1 + tail(scale, dx)) + tail(x, dx) * dscale + dshift
+    return modulate(x, shift, scale), dy
 
 
 def attention_jvp(params, name, x, dx):
-    """Softmax p of the scores s has dp = p (ds - <p, ds>); scores and output are products."""
+    """The softmax p of scores s has dp = p (ds - <p, ds>); scores and output are products."""
     qkv, dqkv = linear_jvp(params, f"{name}.qkv", x, dx)
-    (q, k, v), (dq, dk, dv) = split_heads(last(qkv, dx)), split_heads(dqkv)
+    (q, k, v), (dq, dk, dv) = split_heads(tail(qkv, dx)), split_heads(dqkv)  # (m, heads, N, d)
     scale = q.shape[-1] ** -0.5
-    p = torch.softmax((q @ k.mT).to(torch.promote_types(q.dtype, torch.float32)) * scale, -1)
+    scores = (q @ k.mT).to(torch.promote_types(q.dtype, torch.float32)) * scale
+    p = torch.softmax(scores, -1)  # (m, heads, N, N), in float32 under autocast as well
     ds = (dq @ k.mT + q @ dk.mT) * scale
     dp = p * (ds - (p * ds).sum(-1, keepdim=True))
-    x, dx = F.scaled_dot_product_attention(*split_heads(qkv)), dp.to(q.dtype) @ v + p.to(q.dtype) @ dv
+    dx = dp.to(q.dtype) @ v + p.to(q.dtype) @ dv  # (m, heads, N, d)
+    x = F.scaled_dot_product_attention(*split_heads(qkv))  # (B, heads, N, d)
     return linear_jvp(params, f"{name}.proj", merge_heads(x), merge_heads(dx))
 
 
 def mlp_jvp(params, name, x, dx):
     x, dx = linear_jvp(params, f"{name}.fc1", x, dx)
-    x, dx = F.gelu(x, approximate="tanh"), torch.ops.aten.gelu_backward(dx, last(x, dx), approximate="tanh")
-    return linear_jvp(params, f"{name}.fc2", x, dx)
+    dx = torch.ops.aten.gelu_backward(dx, tail(x, dx), approximate="tanh")
+    return linear_jvp(params, f"{name}.fc2", F.gelu(x, approximate="tanh"), dx)
 
 
 def gated_jvp(x, dx, gate, dgate, branch, dbranch):
-    return x + gate * branch, dx + dgate * last(branch, dx) + last(gate, dx) * dbranch
+    """Add a branch through its gate to the residual stream x."""
+    return x + gate * branch, dx + dgate * tail(branch, dx) + tail(gate, dx) * dbranch
 
 
 def block_jvp(w, x, dx, c, dc):
-    c, dc = linear_jvp(w, "adaLN_modulation.1", c, dc)
-    (shift1, scale1, gate1, shift2, scale2, gate2), d = c.chunk(6, -1), dc.chunk(6, -1)
-    h = attention_jvp(w, "attn", *modulate_jvp(x, dx, shift1, d[0], scale1, d[1]))
-    x, dx = gated_jvp(x, dx, gate1, d[2], *h)
-    h = mlp_jvp(w, "mlp", *modulate_jvp(x, dx, shift2, d[3], scale2, d[4]))
-    return gated_jvp(x, dx, gate2, d[5], *h)
+    c, dc = linear_jvp(w, "adaLN_modulation.1", c, dc)  # (B, 1, 6 D), (m, 1, 6 D)
+    shift1, scale1, gate1, shift2, scale2, gate2 = zip(c.chunk(6, -1), dc.chunk(6, -1))
+    h = attention_jvp(w, "attn", *modulate_jvp(*norm_jvp(x, dx), *shift1, *scale1))
+    x, dx = gated_jvp(x, dx, *gate1, *h)  # (B, N, D), (m, N, D)
+    h = mlp_jvp(w, "mlp", *modulate_jvp(*norm_jvp(x, dx), *shift2, *scale2))
+    return gated_jvp(x, dx, *gate2, *h)  # (B, N, D), (m, N, D)
 
 
 def dit_jvp(params, z, t, r, y, dz, *, block_jvp=block_jvp):
-    """dit of every row and, for the last m = len(dz) rows, its total derivative du/dt along dz/dt = dz, dr/dt = 0, in
-    one pass that costs a forward of B + m rows and lets the values use any attention kernel.
+    """Return dit of all rows and, for the last m, du/dt along dz/dt = dz, dt/dt = 1, dr/dt = 0.
 
-    Arguments as for dit; dz: (m, channels, H, W), 0 <= m <= B. Returns (u (B, ...), du/dt (m, ...)); u has dit's
-    graph, du/dt has none.
+    One pass that costs a forward of B + m rows. Arguments as for dit; dz: (m, C, H, W), m <= B.
+    Returns (u (B, C, H, W), du/dt (m, C, H, W)); u has the graph of dit, du/dt has none.
     """
-    patch, m = params["x_embedder.proj.weight"].shape[-1], len(dz)
-    x, dx = tokens(params, z), F.linear(patches(dz, patch), params["x_embedder.proj.weight"].detach().flatten(1))
-    dx = dx.to(x.dtype)  # float32 under autocast, like x, which gets it from the positions; those have no tangent
-    (ct, dct), (ch, dch) = embed_jvp(params, "t_embedder", t, m), embed_jvp(params, "h_embedder", t - r, m)
-    c, dc = silu_jvp(ct + ch + F.embedding(y, params["y_embedder.embedding_table.weight"])[:, None], dct + dch)
-    for w in blocks(params):
-        x, dx = block_jvp(w, x, dx, c, dc)
-    c2, dc2 = linear_jvp(params, "final_layer.adaLN_modulation.1", c, dc)
-    (shift, scale), d = c2.chunk(2, -1), dc2.chunk(2, -1)
-    u, du = linear_jvp(params, "final_layer.linear", *modulate_jvp(x, dx, shift, d[0], scale, d[1]))
-    return image(u, patch, z), image(du, patch, z)
+    w, m = params["x_embedder.proj.weight"], len(dz)
+    patch = w.shape[-1]
+    x = embed_patches(params, z)  # (B, N, D)
+    # float32 under autocast, like x, which is because its positions are; they have no tangent
+    dx = F.linear(patchify(dz, patch), w.detach().flatten(1)).to(x.dtype)  # (m, N, D)
+    ct, dct = embed_time_jvp(params, "t_embedder", t, m)  # (B, 1, D), (m, 1, D)
+    ch, dch = embed_time_jvp(params, "h_embedder", t - r, m)
+    c, dc = silu_jvp(ct + ch + embed_label(params, y), dct + dch)  # (B, 1, D), (m, 1, D)
+    for w in block_params(params):
+        x, dx = block_jvp(w, x, dx, c, dc)  # (B, N, D), (m, N, D)
+    c, dc = linear_jvp(params, "final_layer.adaLN_modulation.1", c, dc)
+    shift, scale = zip(c.chunk(2, -1), dc.chunk(2, -1))
+    x, dx = modulate_jvp(*norm_jvp(x, dx), *shift, *scale)
+    u, du = linear_jvp(params, "final_layer.linear", x, dx)  # (B, N, patch^2 C), (m, N, patch^2 C)
+    return unpatchify(u, patch, z), unpatchify(du, patch, z)
 
 
 def main():
     from torch.utils.flop_counter import FlopCounterMode
 
-    print("size    width  depth  patch  parameters   forward of one 4x32x32 latent, 2 x multiply-adds")
+    print("size  width  depth  patch  parameters  forward of a 4x32x32 latent, 2 x multiply-adds")
     for size, (width, depth, patch) in SIZES.items():
-        params = {name: torch.empty(shape, device="meta")
-                  for name, shape in shapes(Config(width, depth, patch, 4, 1000)).items()}
-        t, y = torch.empty(1, device="meta"), torch.empty(1, device="meta", dtype=torch.int64)
+        tensors = shapes(Config(width, depth, patch, 4, 1000))
+        params = {name: torch.empty(shape, device="meta") for name, shape in tensors.items()}
+        z, t = torch.empty(1, 4, 32, 32, device="meta"), torch.empty(1, device="meta")
         with FlopCounterMode(display=False) as counter:
-            dit(params, torch.empty(1, 4, 32, 32, device="meta"), t, t, y)
+            dit(params, z, t, t, t.long())
         millions = sum(p.numel() for p in params.values()) / 1e6
-        print(f"{size:6}{width:7}{depth:7}{patch:7}{millions:10.1f} M{counter.get_total_flops() / 1e9:10.1f} GFLOP")
+        gigaflop = counter.get_total_flops() / 1e9
+        print(f"{size:5}{width:6}{depth:7}{patch:7}{millions:10.1f} M{gigaflop:8.1f} GFLOP")
 
 
 if __name__ == "__main__":

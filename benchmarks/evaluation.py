@@ -24,8 +24,12 @@ import sample  # noqa: E402
 
 def random_tensors(shapes):
     g = torch.Generator().manual_seed(0)
-    return {name: 0.1 * torch.rand(shape, generator=g) if len(shape) == 1 else
-            torch.randn(shape, generator=g) * math.prod(shape[1:]) ** -0.5 for name, shape in shapes.items()}
+    return {
+        name: 0.1 * torch.rand(shape, generator=g)
+        if len(shape) == 1
+        else torch.randn(shape, generator=g) * math.prod(shape[1:]) ** -0.5
+        for name, shape in shapes.items()
+    }
 
 
 def rate(run, count, seconds, device):
@@ -43,34 +47,62 @@ def rate(run, count, seconds, device):
 
 def parts(device, batch):
     """{name: a function that makes `batch` images}."""
+
     def images(channels, side):
         return torch.randn(batch, channels, side, side, device=device).clamp(-1, 1)
 
-    params = {name: p.to(device) for name, p in model.init("XL/2", generator=torch.Generator().manual_seed(0)).items()}
-    yield "XL/2, one step, float32", partial(sample.generate, params, torch.arange(batch), (4, 32, 32))
+    params = {
+        name: p.to(device)
+        for name, p in model.init("XL/2", generator=torch.Generator().manual_seed(0)).items()
+    }
+    yield (
+        "XL/2, one step, float32",
+        partial(sample.generate, params, torch.arange(batch), (4, 32, 32)),
+    )
     for dtype in (torch.float32, torch.bfloat16):
-        vae = {name: p.to(device, dtype, memory_format=torch.channels_last if p.ndim == 4 else torch.contiguous_format)
-               for name, p in random_tensors(data.vae_shapes()).items()}
+        vae = {
+            name: p.to(
+                device,
+                dtype,
+                memory_format=torch.channels_last if p.ndim == 4 else torch.contiguous_format,
+            )
+            for name, p in random_tensors(data.vae_shapes()).items()
+        }
         yield f"VAE, encoding, {dtype}", partial(data.encode, vae, images(3, 256))
         yield f"VAE, decoding, {dtype}", partial(data.decode, vae, images(4, 32))
-    folded = {name: p.to(device) for name, p in fid.fold(random_tensors(fid.inception_shapes())).items()}
+    folded = {
+        name: p.to(device) for name, p in fid.fold(random_tensors(fid.inception_shapes())).items()
+    }
     pixels = ((images(3, 256) + 1) * 127.5).byte()
     for way, network in (("", fid.network), (", compiled", torch.compile(fid.network))):
         if not way or device.type == "cuda":
-            yield f"Inception, float32{way}", partial(fid.inception, folded, pixels, network=network)
+            yield (
+                f"Inception, float32{way}",
+                partial(fid.inception, folded, pixels, network=network),
+            )
 
 
 def distance(count=3000):
     """Seconds of the distance between two sets of `count` items, as fid.py has it and by scipy's sqrtm, and how far apart
     the two results are."""
     g = torch.Generator().manual_seed(0)
-    x = [torch.randn(count, 2048, generator=g, dtype=torch.float64) * torch.arange(1, 2049) ** -0.5 * (1 + k) for k in (0, 1)]
+    x = [
+        torch.randn(count, 2048, generator=g, dtype=torch.float64)
+        * torch.arange(1, 2049) ** -0.5
+        * (1 + k)
+        for k in (0, 1)
+    ]
     stats = [fid.statistics(fid.accumulate(None, part)) for part in x]
     began = time.perf_counter()
     ours = fid.frechet_distance(*stats[0], *stats[1])
     between = time.perf_counter()
     root = scipy.linalg.sqrtm((stats[0][1] @ stats[1][1]).numpy())
-    theirs = (stats[0][0] - stats[1][0]).square().sum() + stats[0][1].trace() + stats[1][1].trace() - 2 * root.trace().real
+    theirs = (
+        (stats[0][0] - stats[1][0]).square().sum()
+        + stats[0][1].trace()
+        + stats[1][1].trace()
+        - 2 * root.trace().real
+    )
     return between - began, time.perf_counter() - between, abs(ours - theirs).item() / ours.item()
 
 
@@ -84,13 +116,17 @@ def main(argv=None):
     device = data.local_device()
     name = torch.cuda.get_device_name() if device.type == "cuda" else f"{args.threads} threads"
     batch = 100 if device.type == "cuda" else 4
-    print(f"{name}, torch {torch.__version__}, batches of {batch}\n\n| part | images/s |\n|---|---|")
+    print(
+        f"{name}, torch {torch.__version__}, batches of {batch}\n\n| part | images/s |\n|---|---|"
+    )
     for part, run in parts(device, batch):
         print(f"| {part} | {rate(run, batch, args.seconds, device):.2f} |", flush=True)
     for count in (3000, 1500):
         ours, theirs, apart = distance(count)
-        print(f"\nFréchet distance, 2048 dimensions, {count} items: {ours:.1f} s, by scipy's sqrtm {theirs:.1f} s, {apart:.0e} "
-              "apart")
+        print(
+            f"\nFréchet distance, 2048 dimensions, {count} items: {ours:.1f} s, by scipy's sqrtm {theirs:.1f} s, {apart:.0e} "
+            "apart"
+        )
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """What the loader sustains, from shards in the page cache: never what a GPU waits for.
 
-    python benchmarks/loader.py [FOLDER]     what data.py wrote there, or else 20,480 random latents
+python benchmarks/loader.py [FOLDER]     what data.py wrote there, or else 20,480 random latents
 """
 
 import json
@@ -19,13 +19,29 @@ import train  # noqa: E402
 
 def random_latents(folder, shards=20):
     """Shards as data.py writes them for images of 256 x 256, of 1,000 classes."""
-    g, paths = torch.Generator().manual_seed(0), [folder / f"shard-{k:05}.safetensors" for k in range(shards)]
+    g, paths = (
+        torch.Generator().manual_seed(0),
+        [folder / f"shard-{k:05}.safetensors" for k in range(shards)],
+    )
     for path in paths:
-        tensors = {"moments": torch.randn(data.SHARD, 2, 2, 4, 32, 32, generator=g).half(),
-                   "labels": torch.arange(data.SHARD) % 1000}
-        data.write(path, tensors, {"about": json.dumps({"source": "random", "left_out": []})})
-    data.write_index(folder, paths, {"kind": "latents", "classes": [str(c) for c in range(1000)], "channels": 4,
-                                     "resolution": 256, "source": "random"})
+        tensors = {
+            "moments": torch.randn(data.SHARD, 2, 2, 4, 32, 32, generator=g).half(),
+            "labels": torch.arange(data.SHARD) % 1000,
+        }
+        data.save_tensors(
+            path, tensors, {"about": json.dumps({"source": "random", "left_out": []})}
+        )
+    data.write_index(
+        folder,
+        paths,
+        {
+            "kind": "latents",
+            "classes": [str(c) for c in range(1000)],
+            "channels": 4,
+            "resolution": 256,
+            "source": "random",
+        },
+    )
 
 
 def rate(step, batch, seconds=3.0):
@@ -43,9 +59,11 @@ def rate(step, batch, seconds=3.0):
 def measure(folder, batch=256):
     began = time.perf_counter()
     dataset = data.load_data(folder)
-    print(f"{len(dataset.labels):,} {dataset.kind} of {dataset.shape}, opened and checked in "
-          f"{time.perf_counter() - began:.1f} s; torch {torch.__version__}; items/s at batch {batch}, one thread:")
-    batches = train.stream(dataset, batch, 0, 0, train.Place(0, 1, torch.device("cpu")))
+    print(
+        f"{len(dataset.labels):,} {dataset.kind} of {dataset.shape}, opened and checked in "
+        f"{time.perf_counter() - began:.1f} s; torch {torch.__version__}; items/s at batch {batch}, one thread:"
+    )
+    batches = train.stream(dataset, batch, 0, 0, data.World(0, 1, torch.device("cpu")))
     for name, step in {
         "batches alone": lambda k: data.batch(dataset, batch, seed=0, step=k),
         "with noise and times, made ahead, as training takes them": lambda k: next(batches),

@@ -3,8 +3,15 @@ from hypothesis import Phase, settings
 from PIL import Image
 
 # No shrinking: most examples are seeds, and no seed is simpler than another.
-settings.register_profile("default", deadline=None, max_examples=30, derandomize=True, database=None,
-                          phases=(Phase.explicit, Phase.generate), report_multiple_bugs=False)
+settings.register_profile(
+    "default",
+    deadline=None,
+    max_examples=30,
+    derandomize=True,
+    database=None,
+    phases=(Phase.explicit, Phase.generate),
+    report_multiple_bugs=False,
+)
 settings.load_profile("default")
 
 
@@ -15,7 +22,9 @@ def paint(folder, classes, each, side=None):
         for k in range(each):
             random = np.random.default_rng(1000 * c + k)
             size = (side, side) if side else tuple(random.integers(16, 70, 2).tolist())
-            picture = Image.fromarray(random.integers(0, 256, (3, 3, 3), dtype=np.uint8)).resize(size, Image.Resampling.BICUBIC)
+            picture = Image.fromarray(random.integers(0, 256, (3, 3, 3), dtype=np.uint8)).resize(
+                size, Image.Resampling.BICUBIC
+            )
             path = folder / f"class{c}" / ("more" if k % 4 == 3 else "") / f"{k}.jpg"
             path.parent.mkdir(parents=True, exist_ok=True)
             (picture.convert("L") if k == 1 else picture).save(path, quality=90)

@@ -28,20 +28,33 @@ def test_the_digits_are_all_there():
     assert images.shape == (1797, *shape) == (1797, 1, 8, 8) and images.dtype == torch.float32
     assert images.min() == -1 and images.max() == 1 and len(images.unique()) == 17
     assert kind == "pixels" and classes == list("0123456789") and labels.dtype == torch.int64
-    assert labels.bincount().tolist() == [178, 182, 177, 183, 181, 182, 181, 179, 174, 180]  # UCI's own count
+    assert labels.bincount().tolist() == [
+        178,
+        182,
+        177,
+        183,
+        181,
+        182,
+        181,
+        179,
+        174,
+        180,
+    ]  # UCI's own count
     assert len(images.flatten(1).unique(dim=0)) == 1797
 
 
 @given(seeds, st.integers(1, 50), st.integers(1, 70), st.integers(1, 4))
 def test_every_epoch_visits_every_item_once(seed, count, batch, epochs):
     steps = -(-count * epochs // batch)
-    rows = torch.cat([data.order(count, batch, seed=seed, step=k) for k in range(steps)])[: count * epochs]
+    rows = torch.cat([data.epoch_indices(count, batch, seed=seed, step=k) for k in range(steps)])[
+        : count * epochs
+    ]
     for epoch in rows.split(count):
         assert (epoch.sort().values == torch.arange(count)).all()
 
 
 def test_epochs_and_seeds_differ_in_order():
-    orders = [data.order(100, 100, seed=seed, step=k) for seed in (0, 1) for k in (0, 1)]
+    orders = [data.epoch_indices(100, 100, seed=seed, step=k) for seed in (0, 1) for k in (0, 1)]
     assert all((a != b).any() for i, a in enumerate(orders) for b in orders[:i])
 
 
@@ -53,11 +66,22 @@ def numbered(kind, sizes=(3, 0, 5, 2)):
     image of (k, k + 1/2) is (k + 1/2, k)."""
     numbers = torch.arange(float(sum(sizes)))
     if kind == "latents":  # of item k mean k, mirrored -k, and the standard deviation k + 1
-        items = torch.stack([torch.stack((m, numbers + 1), 1) for m in (numbers, -numbers)], 1)[..., None, None, None]
+        items = torch.stack([torch.stack((m, numbers + 1), 1) for m in (numbers, -numbers)], 1)[
+            ..., None, None, None
+        ]
         items = items.expand(-1, 2, 2, 4, 16, 16).half().contiguous()
     else:
-        items = torch.stack((2 * numbers, 2 * numbers + 1), 1)[:, None, None].byte().expand(-1, 3, 1, 2)
-    return data.Data("numbers", kind, ["x"] * len(items), tuple(items.shape[-3:]), numbers.long(), list(items.split(sizes)))
+        items = (
+            torch.stack((2 * numbers, 2 * numbers + 1), 1)[:, None, None].byte().expand(-1, 3, 1, 2)
+        )
+    return data.Dataset(
+        "numbers",
+        kind,
+        ["x"] * len(items),
+        tuple(items.shape[-3:]),
+        numbers.long(),
+        list(items.split(sizes)),
+    )
 
 
 @pytest.mark.parametrize("kind", ["pixels", "latents", "digits"])
@@ -66,9 +90,13 @@ def test_batches_are_the_same_from_any_step_and_for_any_number_of_processes(kind
     dataset = data.digits() if kind == "digits" else numbered(kind)
     for step in (0, 7, 200):
         x, y = data.batch(dataset, 8, seed=3, step=step)
-        assert x.shape == (8, *dataset.shape) and x.dtype == torch.float32 and y.dtype == torch.int64
+        assert (
+            x.shape == (8, *dataset.shape) and x.dtype == torch.float32 and y.dtype == torch.int64
+        )
         for rank in range(world):
-            for mine, whole in zip(data.batch(dataset, 8, seed=3, step=step, rank=rank, world=world), (x, y)):
+            for mine, whole in zip(
+                data.batch(dataset, 8, seed=3, step=step, rank=rank, world=world), (x, y)
+            ):
                 assert torch.equal(mine, whole[rank::world])
 
 
@@ -91,7 +119,9 @@ def test_a_latent_is_a_fresh_sample_of_its_posterior_or_of_its_mirror_images():
         assert 60 < (mean < 0).sum() < 120
         seen.append((x - mean[:, None]) / (k + 1))
     noise = torch.cat(seen)
-    assert (noise.mean(1).abs() < 5 / 1024**0.5).all() and ((noise.std(1) - 1).abs() < 5 / 2048**0.5).all()
+    assert (noise.mean(1).abs() < 5 / 1024**0.5).all() and (
+        (noise.std(1) - 1).abs() < 5 / 2048**0.5
+    ).all()
     assert abs(noise.std() - 1) < 0.003
     assert len((noise * 1e3).round().unique(dim=0)) == 400  # one for each visit
 
@@ -111,11 +141,19 @@ def test_ahead_makes_in_order_a_few_ahead_and_hands_on_what_goes_wrong():
             raise ValueError("five")
         return k * k
 
-    squares = data.ahead(make, count(2), depth=2)
+    squares = data.prefetch(make, count(2), depth=2)
     assert [next(squares), next(squares), next(squares)] == [4, 9, 16] and max(begun) <= 6
     with pytest.raises(ValueError, match="five"):
         next(squares)
-    assert list(data.ahead(lambda k: -k, range(7), depth=3)) == [0, -1, -2, -3, -4, -5, -6] and not list(data.ahead(make, []))
+    assert list(data.prefetch(lambda k: -k, range(7), depth=3)) == [
+        0,
+        -1,
+        -2,
+        -3,
+        -4,
+        -5,
+        -6,
+    ] and not list(data.prefetch(make, []))
 
 
 # --- from a folder of images to shards ---
@@ -125,16 +163,22 @@ def test_centre_crop():
     """What needs no interpolation is cut from the middle; what is a power of two too large is averaged."""
     pixels = np.random.default_rng(0).integers(0, 256, (32, 50, 3), dtype=np.uint8)
     crop = data.centre_crop(Image.fromarray(pixels), 32)
-    assert crop.dtype == torch.uint8 and torch.equal(crop.permute(1, 2, 0), torch.from_numpy(pixels[:, 9:41]))
+    assert crop.dtype == torch.uint8 and torch.equal(
+        crop.permute(1, 2, 0), torch.from_numpy(pixels[:, 9:41])
+    )
     crop = data.centre_crop(Image.fromarray(pixels.transpose(1, 0, 2)), 32)
     assert torch.equal(crop.permute(2, 1, 0), torch.from_numpy(pixels[:, 9:41]))
     means = pixels[:, 9:41].reshape(8, 4, 8, 4, 3).mean((1, 3))
     crop = data.centre_crop(Image.fromarray(pixels[:, 9:41]), 8).permute(1, 2, 0).double()
     assert (crop - torch.from_numpy(means)).abs().max() <= 2  # Pillow rounds each time
-    ramp = np.repeat(np.arange(48, dtype=np.uint8)[None, :, None] * 5, 48, 0).repeat(3, 2)  # linear: kept, if centred
-    crop = data.centre_crop(Image.fromarray(ramp), 20)[0, 0].double()  # 48 to 24 by averaging, to 20 by cubic
+    ramp = np.repeat(np.arange(48, dtype=np.uint8)[None, :, None] * 5, 48, 0).repeat(
+        3, 2
+    )  # linear: kept, if centred
+    crop = data.centre_crop(Image.fromarray(ramp), 20)[
+        0, 0
+    ].double()  # 48 to 24 by averaging, to 20 by cubic
     assert (crop - (5 * ((torch.arange(20) + 0.5) * 2.4 - 0.5))).abs()[2:-2].max() <= 1
-    assert data.centre_crop(Image.new("L", (9, 5)), 5).shape == (3, 5, 5)
+    assert data.centre_crop(Image.new("RGB", (9, 5)), 5).shape == (3, 5, 5)
 
 
 @pytest.fixture(scope="module")
@@ -154,12 +198,20 @@ LEFT_OUT = ["class0/4.jpg", "class1/notes.txt", "class2/0.jpg"]
 
 def convert(pictures, out, *flags, shard=4, prefix=()):
     """data.py with small shards, as a process of its own."""
-    script = f"import sys, data; data.SHARD = {shard}; data.main(sys.argv[1:])"
+    script = f"import sys, data; data.SHARD = {shard}; data.launch(data.main)"
     words = ["-c", script] if not prefix else [*prefix, str(out.parent / "script.py")]
     if prefix:
-        (out.parent / "script.py").write_text(f"import sys; sys.path.insert(0, {str(ROOT)!r}); {script}")
-    return subprocess.Popen([sys.executable, *words, str(pictures), str(out), *flags], cwd=ROOT, env=ENVIRONMENT, text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        (out.parent / "script.py").write_text(
+            f"import sys; sys.path.insert(0, {str(ROOT)!r}); {script}"
+        )
+    return subprocess.Popen(
+        [sys.executable, *words, str(pictures), str(out), *flags],
+        cwd=ROOT,
+        env=ENVIRONMENT,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -174,23 +226,39 @@ def shards(pictures, tmp_path_factory):
 def test_a_folder_of_images_becomes_shards(pictures, shards):
     out, printed = shards
     index = json.loads((out / "index.json").read_text())
-    assert {key: index[key] for key in ("kind", "resolution", "channels", "classes", "counts", "left_out")} == {
-        "kind": "pixels", "resolution": 16, "channels": 3, "classes": ["class0", "class1", "class2"], "counts": [8, 9, 8],
-        "left_out": LEFT_OUT}
+    assert {
+        key: index[key]
+        for key in ("kind", "resolution", "channels", "classes", "counts", "left_out")
+    } == {
+        "kind": "pixels",
+        "resolution": 16,
+        "channels": 3,
+        "classes": ["class0", "class1", "class2"],
+        "counts": [8, 9, 8],
+        "left_out": LEFT_OUT,
+    }
     assert "25 images of 3 classes as pixels in 7 shards; 3 files left out" in printed
     for name in LEFT_OUT:
-        assert f"{pictures / name} is left out: " in printed
+        assert f"left out: {pictures / name} is not a readable image (" in printed
     dataset = data.load_data(out)
     assert dataset.shape == (3, 16, 16) and dataset.labels.tolist() == [0] * 8 + [1] * 9 + [2] * 8
-    paths = [path for path in sorted(pictures.rglob("*.*")) if str(path.relative_to(pictures)) not in LEFT_OUT]
+    paths = [
+        path
+        for path in sorted(pictures.rglob("*.*"))
+        if str(path.relative_to(pictures)) not in LEFT_OUT
+    ]
     for path, image in zip(paths, torch.cat(dataset.shards), strict=True):
-        assert torch.equal(image, data.centre_crop(Image.open(path), 16)), path
+        assert torch.equal(image, data.centre_crop(Image.open(path).convert("RGB"), 16)), path
     assert {p.name for p in out.iterdir()} == {"index.json", ".lock"} | set(index["shards"])
-    assert all((out / name).stat().st_mode & 0o077 == 0o044 for name in index["shards"])  # others may read them
+    assert all(
+        (out / name).stat().st_mode & 0o077 == 0o044 for name in index["shards"]
+    )  # others may read them
 
 
 def same(a, b):
-    return all((a / p.name).read_bytes() == p.read_bytes() for p in b.iterdir()) and len(list(a.iterdir())) == len(list(b.iterdir()))
+    return all((a / p.name).read_bytes() == p.read_bytes() for p in b.iterdir()) and len(
+        list(a.iterdir())
+    ) == len(list(b.iterdir()))
 
 
 def test_a_conversion_killed_again_and_again_continues(pictures, shards, tmp_path):
@@ -219,13 +287,25 @@ def test_two_processes_convert_the_same(pictures, shards, tmp_path):
 
 def test_a_full_disk_loses_nothing(pictures, shards, tmp_path):
     """A limit on the size of files stands for it: writing fails in the same place, with another number."""
-    script = ("import resource, runpy, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000)); "
-              "sys.argv = ['data.py', *sys.argv[1:]]; runpy.run_path('data.py', run_name='__main__')")
-    full = subprocess.run([sys.executable, "-c", script, str(pictures), str(tmp_path / "data"), "--resolution", "16"],
-                          cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=120)
+    script = (
+        "import resource, runpy, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000)); "
+        "sys.argv = ['data.py', *sys.argv[1:]]; runpy.run_path('data.py', run_name='__main__')"
+    )
+    full = subprocess.run(
+        [sys.executable, "-c", script, str(pictures), str(tmp_path / "data"), "--resolution", "16"],
+        cwd=ROOT,
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
     last = full.stderr.splitlines()[-1]
     assert full.returncode == 1 and "Traceback" not in full.stderr
-    assert last.startswith("data.py: ") and "shard-00000.safetensors cannot be written" in last and "make room" in last
+    assert (
+        last.startswith("data.py: ")
+        and "shard-00000.safetensors cannot be written" in last
+        and "make room" in last
+    )
     assert [p.name for p in (tmp_path / "data").iterdir()] == [".lock"]
     for path in sorted(shards[0].glob("shard-*"))[:3]:
         (tmp_path / "data" / path.name).write_bytes(path.read_bytes())
@@ -246,7 +326,7 @@ def test_a_damaged_shard_is_made_again(pictures, shards, tmp_path):
 
 
 def test_without_resolution_pixels_keep_the_size_of_the_first(pictures, tmp_path, capsys):
-    data.main([str(pictures), str(tmp_path / "data")])
+    data.main([str(pictures), str(tmp_path / "data")], data.World())
     first = Image.open(sorted(pictures.rglob("*.jpg"))[0])
     assert data.load_data(tmp_path / "data").shape == (3, min(first.size), min(first.size))
 
@@ -254,21 +334,69 @@ def test_without_resolution_pixels_keep_the_size_of_the_first(pictures, tmp_path
 # --- bad input ---
 
 
-@pytest.mark.parametrize("change, flags, words", [
-    (lambda folder: shutil.rmtree(folder), [], "train does not exist: give a folder that has a folder of images for each"),
-    (lambda folder: (shutil.rmtree(folder), folder.write_text("x")), [], "train is a file: give a folder"),
-    (lambda folder: [shutil.rmtree(p) for p in folder.iterdir()], [], "train has no folder in it: put each class's images"),
-    (lambda folder: (folder / "class3").mkdir(), [], "class3 holds no image: put the class's images into it, or delete it"),
-    (lambda folder: [p.write_text("x") for p in (folder / "class1").iterdir()], [], "class1 holds no image"),
-    (lambda folder: [p.write_bytes(p.read_bytes()[:-50]) for p in (folder / "class1").iterdir()], [],
-     "no image of class class1 is whole: mend one, delete the shards in"),
-    (lambda folder: None, ["--resolution", "0"], "--resolution 0: give a number above 0"),
-    (lambda folder: None, ["--resolution", "big"], "argument --resolution: invalid int value: 'big'"),
-    (lambda folder: None, ["--vae", ""], ". is a folder: fetch diffusion_pytorch_model.safetensors"),
-    (lambda folder: folder.with_name("data").write_text("mine"), [], "data is a file: choose another folder to write"),
-    (lambda folder: folder.with_name("data").symlink_to(folder / "class0"), [], "train and would be taken for a class"),
-    (lambda folder: None, ["--vae", "no.safetensors"], "no.safetensors does not exist: fetch diffusion_pytorch_model.saf"),
-])
+@pytest.mark.parametrize(
+    "change, flags, words",
+    [
+        (
+            lambda folder: shutil.rmtree(folder),
+            [],
+            "train holds no folders: give one with a folder of images per class",
+        ),
+        (
+            lambda folder: (shutil.rmtree(folder), folder.write_text("x")),
+            [],
+            "train holds no folders: give one with",
+        ),
+        (
+            lambda folder: [shutil.rmtree(p) for p in folder.iterdir()],
+            [],
+            "train holds no folders: give one with",
+        ),
+        (
+            lambda folder: (folder / "class3").mkdir(),
+            [],
+            "class3 holds no image: put its images there, or delete it",
+        ),
+        (
+            lambda folder: [p.write_text("x") for p in (folder / "class1").iterdir()],
+            [],
+            "class1 holds no image",
+        ),
+        (
+            lambda folder: [
+                p.write_bytes(p.read_bytes()[:-50]) for p in (folder / "class1").iterdir()
+            ],
+            [],
+            "class1 holds no image: put its images there, or delete it",
+        ),
+        (lambda folder: None, ["--resolution", "0"], "--resolution 0: give a number above 0"),
+        (
+            lambda folder: None,
+            ["--resolution", "big"],
+            "argument --resolution: invalid int value: 'big'",
+        ),
+        (
+            lambda folder: None,
+            ["--vae", ""],
+            " is not a file: fetch diffusion_pytorch_model.safetensors",
+        ),
+        (
+            lambda folder: folder.with_name("data").write_text("mine"),
+            [],
+            "data is a file: choose another folder to write",
+        ),
+        (
+            lambda folder: folder.with_name("data").symlink_to(folder / "class0"),
+            [],
+            "train: choose another folder to write",
+        ),
+        (
+            lambda folder: None,
+            ["--vae", "no.safetensors"],
+            "no.safetensors is not a file: fetch diffusion_pytorch_model.saf",
+        ),
+    ],
+)
 def test_bad_folders_of_images(monkeypatch, tmp_path, change, flags, words):
     paint(tmp_path / "train", 3, 2)
     change(tmp_path / "train")
@@ -279,40 +407,63 @@ def test_bad_folders_of_images(monkeypatch, tmp_path, change, flags, words):
 def test_shards_of_something_else_are_left_alone(monkeypatch, pictures, shards):
     before = {p.name: p.read_bytes() for p in shards[0].iterdir()}
     message = fails(monkeypatch, "data.py", pictures, shards[0], "--resolution", "8")
-    assert "was made of other files, or with another resolution or VAE: choose another OUT" in message
+    assert (
+        "was made from other files, or with another resolution or VAE: choose another OUT"
+        in message
+    )
     assert {p.name: p.read_bytes() for p in shards[0].iterdir()} == before
 
 
-@pytest.mark.parametrize("text", ["[1]", "{}", '{"shards": [1]}', '{"shards": {"shard-00000.safetensors": 1}}', "x", "\xff"])
+@pytest.mark.parametrize(
+    "text",
+    ["[1]", "{}", '{"shards": [1]}', '{"shards": {"shard-00000.safetensors": 1}}', "x", "\xff"],
+)
 def test_an_index_of_something_else_is_left_alone(monkeypatch, pictures, shards, tmp_path, text):
     folder = shutil.copytree(shards[0], tmp_path / "data")
     (folder / "index.json").write_text(text, encoding="latin-1")
     monkeypatch.setattr(data, "SHARD", 4)
-    with pytest.raises(ValueError, match="index.json is no index that data.py wrote: choose another OUT"):
-        data.main([str(pictures), str(folder), "--resolution", "16"])
+    with pytest.raises(
+        ValueError, match="index.json is not an index that data.py wrote: choose another"
+    ):
+        data.main([str(pictures), str(folder), "--resolution", "16"], data.World())
     assert (folder / "index.json").read_text(encoding="latin-1") == text
 
 
 def test_two_conversions_do_not_write_to_one_folder(monkeypatch, pictures, tmp_path):
-    lock = data.claim(tmp_path / "data")
-    with pytest.raises(ValueError, match="another process is writing to .*data: wait until it ends, or choose another fol"):
-        data.main([str(pictures), str(tmp_path / "data"), "--resolution", "16"])
+    lock = data.lock_folder(tmp_path / "data")
+    with pytest.raises(
+        ValueError,
+        match="another process is writing to .*data: wait until it ends, or choose another fol",
+    ):
+        data.main([str(pictures), str(tmp_path / "data"), "--resolution", "16"], data.World())
     lock.close()
-    data.main([str(pictures), str(tmp_path / "data"), "--resolution", "16"])
+    data.main([str(pictures), str(tmp_path / "data"), "--resolution", "16"], data.World())
 
 
 def test_what_cropping_would_spoil_is_left_out(tmp_path):
     ramp = np.arange(0, 65536, 64, dtype=np.uint16).reshape(32, 32)
-    for name, image, why in (("deep.png", Image.fromarray(ramp), "more than 8 bits a channel, mode I;16"),
-                             ("thin.png", Image.new("RGB", (1, 40)), "too thin, 1 x 40")):
+    for name, image, why in (
+        ("deep.png", Image.fromarray(ramp), "more than 8 bits a channel, mode I;16"),
+        ("thin.png", Image.new("RGB", (1, 40)), "is too thin to crop, 1 x 40"),
+    ):
         image.save(tmp_path / name)
-        assert data.with_image(tmp_path / name, lambda image: data.centre_crop(image, 16)) == (None, why)
-    for mode, suffix in (("CMYK", "jpg"), ("P", "gif"), ("1", "png"), ("LA", "png"), ("RGBA", "png"), ("L", "webp")):
+        crop, error = data.load_crop(tmp_path / name, 16)
+        assert crop.shape == (3, 16, 16) and not crop.any()
+        assert why in error and str(tmp_path / name) in error
+    modes = (
+        ("CMYK", "jpg"),
+        ("P", "gif"),
+        ("1", "png"),
+        ("LA", "png"),
+        ("RGBA", "png"),
+        ("L", "webp"),
+    )
+    for mode, suffix in modes:
         Image.new(mode, (20, 18)).save(tmp_path / f"{mode}.{suffix}")
-        image, why = data.with_image(tmp_path / f"{mode}.{suffix}", lambda image: data.centre_crop(image, 16))
-        assert image.shape == (3, 16, 16) and why is None
+        crop, error = data.load_crop(tmp_path / f"{mode}.{suffix}", 16)
+        assert crop.shape == (3, 16, 16) and error is None
     (tmp_path / "dangling.jpg").symlink_to("nowhere")
-    assert data.with_image(tmp_path / "dangling.jpg", len)[0] is None
+    assert "is not a readable image" in data.load_crop(tmp_path / "dangling.jpg", 16)[1]
 
 
 def test_a_file_that_the_disk_does_not_give_is_not_taken_for_a_bad_image(monkeypatch, tmp_path):
@@ -321,27 +472,35 @@ def test_a_file_that_the_disk_does_not_give_is_not_taken_for_a_bad_image(monkeyp
 
     monkeypatch.setattr(data.Image, "open", failing)
     with pytest.raises(OSError, match="Input/output error"):
-        data.with_image(tmp_path / "x.jpg", len)
+        data.load_crop(tmp_path / "x.jpg", 16)
 
 
 def test_more_processes_than_gpus(monkeypatch):
+    current = []
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    assert data.pick_device(1) == torch.device("cpu")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setenv("LOCAL_RANK", "1")
-    assert data.local_device() == torch.device("cuda", 1)
-    monkeypatch.setenv("LOCAL_RANK", "2")
-    with pytest.raises(ValueError, match="process 2 of this machine has no GPU: give --nproc-per-node 2, or fewer"):
-        data.local_device()
+    assert data.pick_device(1) == torch.device("cuda", 1) and current == [1]
+    with pytest.raises(ValueError, match="process 2 has no GPU: give --nproc-per-node 2 or fewer"):
+        data.pick_device(2)
 
 
 def rewrite(path, **tensors):
     with safe_open(path, "pt") as file:
         metadata = file.metadata()
-    save_file({name: p for name, p in (load_file(path) | tensors).items() if p is not None}, path, metadata)
+    save_file(
+        {name: p for name, p in (load_file(path) | tensors).items() if p is not None},
+        path,
+        metadata,
+    )
 
 
 def edit(folder, **entries):
     index = json.loads((folder / "index.json").read_text())
-    (folder / "index.json").write_text(json.dumps({key: value for key, value in (index | entries).items() if value != ""}))
+    (folder / "index.json").write_text(
+        json.dumps({key: value for key, value in (index | entries).items() if value != ""})
+    )
 
 
 def flip_a_bit(path):
@@ -352,28 +511,80 @@ def flip_a_bit(path):
 
 SECOND = "shard-00001.safetensors"
 DAMAGE = {
-    "no folder": (lambda folder: shutil.rmtree(folder), "holds no data: it has no index.json: run python data.py IMAGES"),
-    "an empty folder": (lambda folder: [p.unlink() for p in folder.iterdir()], "holds no data: it has no index.json"),
-    "a conversion stopped": (lambda folder: (folder / "index.json").unlink(), "is not converted to the end"),
-    "a foreign index": (lambda folder: (folder / "index.json").write_text("[1]"), "index.json is no index that data.py"),
-    "no JSON": (lambda folder: (folder / "index.json").write_bytes(b"\xff{"), "index.json is no index that data.py"),
-    "no classes": (lambda folder: edit(folder, classes=""), "index.json is no index that data.py"),
-    "an odd checksum": (lambda folder: edit(folder, shards={"shard-00000.safetensors": {"count": 3, "sha256": 5}}),
-                        "has checksum"),
-    "classes that are no list": (lambda folder: edit(folder, classes=5), "index.json is no index that data.py"),
-    "no shards": (lambda folder: edit(folder, shards={}), "index.json is no index that data.py"),
-    "an unknown kind": (lambda folder: edit(folder, kind="sounds"), "index.json is no index that data.py"),
-    "a shard missing": (lambda folder: (folder / SECOND).unlink(), f"{SECOND} is damaged or missing"),
-    "a shard cut short": (lambda folder: (folder / SECOND).write_bytes((folder / SECOND).read_bytes()[:-9]),
-                          f"{SECOND} is damaged or missing"),
-    "a wrong checksum": (lambda folder: flip_a_bit(folder / SECOND), f"{SECOND} has checksum"),
-    "labels missing": (lambda folder: rewrite(folder / SECOND, labels=None), f"{SECOND} is damaged or missing"),
-    "a label outside": (lambda folder: rewrite(folder / SECOND, labels=torch.tensor([0, 3, 1, 0])),
-                        f"{SECOND} has a label outside the index's classes, 0 to 2"),
-    "too few labels": (lambda folder: rewrite(folder / SECOND, labels=torch.tensor([0])), f"{SECOND} has torch.uint8 pixels"),
-    "another resolution": (lambda folder: edit(folder, resolution=8), "has torch.uint8 pixels (3, 3, 16, 16)"),
-    "fewer images": (lambda folder: rewrite(folder / SECOND, labels=torch.tensor([0]), pixels=torch.zeros(1, 3, 16, 16).byte()),
-                     f"{SECOND} has 1 images, the index says 4"),
+    "no folder": (
+        lambda folder: shutil.rmtree(folder),
+        "index.json does not exist: run python data.py IMAGES",
+    ),
+    "an empty folder": (
+        lambda folder: [p.unlink() for p in folder.iterdir()],
+        "index.json does not exist: run python data.py IMAGES",
+    ),
+    "a conversion stopped": (
+        lambda folder: (folder / "index.json").unlink(),
+        "index.json does not exist: run python data.py IMAGES",
+    ),
+    "a foreign index": (
+        lambda folder: (folder / "index.json").write_text("[1]"),
+        "index.json is not an index that data.py",
+    ),
+    "no JSON": (
+        lambda folder: (folder / "index.json").write_bytes(b"\xff{"),
+        "index.json is not an index that data.py",
+    ),
+    "no classes": (
+        lambda folder: edit(folder, classes=""),
+        "index.json is not an index that data.py",
+    ),
+    "an odd checksum": (
+        lambda folder: edit(folder, shards={"shard-00000.safetensors": {"count": 3, "sha256": 5}}),
+        "does not have the checksum in index.json",
+    ),
+    "classes that are no list": (
+        lambda folder: edit(folder, classes=5),
+        "index.json is not an index that data.py",
+    ),
+    "no shards": (
+        lambda folder: edit(folder, shards={}),
+        "index.json is not an index that data.py",
+    ),
+    "an unknown kind": (
+        lambda folder: edit(folder, kind="sounds"),
+        "index.json is not an index that data.py",
+    ),
+    "a shard missing": (
+        lambda folder: (folder / SECOND).unlink(),
+        f"{SECOND} is not a file: delete it and run data.py again",
+    ),
+    "a shard cut short": (
+        lambda folder: (folder / SECOND).write_bytes((folder / SECOND).read_bytes()[:-9]),
+        f"{SECOND} is not a whole safetensors file",
+    ),
+    "a wrong checksum": (
+        lambda folder: flip_a_bit(folder / SECOND),
+        f"{SECOND} does not have the checksum in index.json",
+    ),
+    "labels missing": (
+        lambda folder: rewrite(folder / SECOND, labels=None),
+        f"{SECOND} does not have the checksum in index.json",
+    ),
+    "a label outside": (
+        lambda folder: rewrite(folder / SECOND, labels=torch.tensor([0, 3, 1, 0])),
+        f"{SECOND} does not have the checksum in index.json",
+    ),
+    "too few labels": (
+        lambda folder: rewrite(folder / SECOND, labels=torch.tensor([0])),
+        f"{SECOND} does not have the checksum in index.json",
+    ),
+    "another resolution": (
+        lambda folder: edit(folder, resolution=8),
+        "holds pixels not of (3, 8, 8), as index.json says",
+    ),
+    "fewer images": (
+        lambda folder: rewrite(
+            folder / SECOND, labels=torch.tensor([0]), pixels=torch.zeros(1, 3, 16, 16).byte()
+        ),
+        f"{SECOND} does not have the checksum in index.json",
+    ),
 }
 
 
@@ -382,7 +593,18 @@ def test_damaged_shards(monkeypatch, shards, tmp_path, kind):
     change, words = DAMAGE[kind]
     folder = shutil.copytree(shards[0], tmp_path / "data")
     change(folder)
-    message = fails(monkeypatch, "train.py", "--data", folder, "--out", tmp_path / "run", "--batch", "8", "--steps", "1")
+    message = fails(
+        monkeypatch,
+        "train.py",
+        "--data",
+        folder,
+        "--out",
+        tmp_path / "run",
+        "--batch",
+        "8",
+        "--steps",
+        "1",
+    )
     assert words in message and str(folder) in message and not (tmp_path / "run").exists()
 
 
@@ -397,7 +619,9 @@ def test_the_cpu_generator_takes_no_more_than_32_bits_of_a_seed():
 
 @given(seeds, st.integers(0, 2**29 - 5))
 def test_random_numbers_of_different_things_differ(seed, k):
-    keys = [(seed + a, stream, k + b) for a in range(3) for stream in data.STREAMS for b in range(5)]
+    keys = [
+        (seed + a, stream, k + b) for a in range(3) for stream in data.STREAMS for b in range(5)
+    ]
     firsts = [tuple(torch.rand(4, generator=data.generator(*key)).tolist()) for key in keys]
     assert len(set(firsts)) == len(keys)
     assert firsts[7] == tuple(torch.rand(4, generator=data.generator(*keys[7])).tolist())

@@ -35,8 +35,11 @@ def covariance(seed, d, rank=None):
     return a @ a.T / a.shape[1]
 
 
-@given(seeds, st.lists(st.integers(1, 20), min_size=1, max_size=6).filter(lambda sizes: sum(sizes) > 1),
-       st.sampled_from([0.0, 1e6]))
+@given(
+    seeds,
+    st.lists(st.integers(1, 20), min_size=1, max_size=6).filter(lambda sizes: sum(sizes) > 1),
+    st.sampled_from([0.0, 1e6]),
+)
 def test_statistics_are_those_of_all_items_at_once_however_they_come(seed, sizes, offset):
     features = randn(seed, sum(sizes), 5)
     count, mean, scatter = reduce(fid.accumulate, (features + offset).split(sizes), None)
@@ -61,12 +64,17 @@ def test_one_item_has_no_covariance():
 @given(seeds, st.integers(1, 12))
 def test_equal_covariances_leave_the_distance_of_the_means(seed, d):
     sigma, mu1, mu2 = covariance(seed, d), randn(seed + 1, d), randn(seed + 2, d)
-    assert abs(fid.frechet_distance(mu1, sigma, mu2, sigma) - (mu1 - mu2).square().sum()) < 1e-11 * (1 + d)
+    assert abs(
+        fid.frechet_distance(mu1, sigma, mu2, sigma) - (mu1 - mu2).square().sum()
+    ) < 1e-11 * (1 + d)
 
 
 @given(seeds, st.integers(1, 12), st.floats(0, 9), st.data())
 def test_scaled_covariance(seed, d, c, more):
-    sigma, mu = covariance(seed, d, more.draw(st.integers(1, d))), randn(seed + 1, d)  # of full rank and of less
+    sigma, mu = (
+        covariance(seed, d, more.draw(st.integers(1, d))),
+        randn(seed + 1, d),
+    )  # of full rank and of less
     want = (c**0.5 - 1) ** 2 * sigma.trace()
     assert abs(fid.frechet_distance(mu, sigma, mu, c * sigma) - want) < 1e-11 * (1 + sigma.trace())
 
@@ -77,12 +85,19 @@ def test_commuting_covariances(seed, d):
     a[0], b[-1] = 0, 0
     basis, mu = torch.linalg.qr(randn(seed + 2, d, d)).Q, randn(seed + 3, d)
     want = (a.sqrt() - b.sqrt()).square().sum()
-    assert abs(fid.frechet_distance(mu, basis * a @ basis.T, mu, basis * b @ basis.T) - want) < 1e-10
+    assert (
+        abs(fid.frechet_distance(mu, basis * a @ basis.T, mu, basis * b @ basis.T) - want) < 1e-10
+    )
 
 
 @given(seeds, st.integers(1, 12))
 def test_agrees_with_the_eigenvalues_of_the_product_and_is_symmetric(seed, d):
-    s1, s2, mu1, mu2 = covariance(seed, d), covariance(seed + 1, d), randn(seed + 2, d), randn(seed + 3, d)
+    s1, s2, mu1, mu2 = (
+        covariance(seed, d),
+        covariance(seed + 1, d),
+        randn(seed + 2, d),
+        randn(seed + 3, d),
+    )
     root = np.sqrt(np.linalg.eigvals((s1 @ s2).numpy()).real).sum()
     want = float((mu1 - mu2).square().sum() + s1.trace() + s2.trace()) - 2 * root
     got = fid.frechet_distance(mu1, s1, mu2, s2)
@@ -93,7 +108,10 @@ def test_agrees_with_the_eigenvalues_of_the_product_and_is_symmetric(seed, d):
 def test_fewer_items_than_dimensions():
     """Two subspaces at right angles: the distance is the sum of the traces, and rounding adds nothing visible."""
     basis = torch.linalg.qr(randn(0, 300, 300)).Q
-    s1, s2 = (basis[:, part] * randn(1, 100).square() @ basis[:, part].T for part in (slice(0, 100), slice(100, 200)))
+    s1, s2 = (
+        basis[:, part] * randn(1, 100).square() @ basis[:, part].T
+        for part in (slice(0, 100), slice(100, 200))
+    )
     zero = torch.zeros(300, dtype=torch.float64)
     assert abs(fid.frechet_distance(zero, s1, zero, s2) - s1.trace() - s2.trace()) < 1e-10
     assert fid.frechet_distance(zero, s1, zero, s1) < 1e-10
@@ -103,7 +121,9 @@ def test_nearest():
     reals, points = randn(0, 50, 4), randn(1, 20, 4)
     index, distance = fid.nearest(points, reals)
     table = np.linalg.norm(points.numpy()[:, None] - reals.numpy(), axis=2)
-    assert (index.numpy() == table.argmin(1)).all() and np.allclose(distance, table.min(1), rtol=1e-12)
+    assert (index.numpy() == table.argmin(1)).all() and np.allclose(
+        distance, table.min(1), rtol=1e-12
+    )
     index, distance = fid.nearest(reals, reals, exclude_self=True)
     assert (index != torch.arange(50)).all() and (distance > 0).all()
     assert (fid.nearest(reals, reals)[1] == 0).all()
@@ -142,7 +162,7 @@ def digits_as_images(folder, rows, change=lambda pixels: pixels, scale=2):
 
 
 def results(capsys, *argv):
-    fid.main([str(a) for a in argv])
+    fid.main([str(a) for a in argv], data.World())
     return json.loads(capsys.readouterr().out)
 
 
@@ -151,49 +171,79 @@ def halves(tmp_path_factory):
     """Two halves of 80 digits, and random Inception weights in the published layout."""
     folder = tmp_path_factory.mktemp("halves")
     save_file(test_inception.weights(), folder / "inception.safetensors")
-    return [digits_as_images(folder / str(k), slice(k, 80, 2)) for k in (0, 1)], folder / "inception.safetensors"
+    return [
+        digits_as_images(folder / str(k), slice(k, 80, 2)) for k in (0, 1)
+    ], folder / "inception.safetensors"
 
 
 @pytest.mark.parametrize("kind, scale, count", [("pixels", 1, 1797), ("Inception", 4, 80)])
 def test_distance_grows_with_noise_and_with_blur(halves, tmp_path, capsys, kind, scale, count):
     """From a half of the digits to the other half, as it is, and more and more spoilt."""
     _, weights = halves
-    first, second = (digits_as_images(tmp_path / str(k), slice(k, count, 2), scale=scale) for k in (0, 1))
+    first, second = (
+        digits_as_images(tmp_path / str(k), slice(k, count, 2), scale=scale) for k in (0, 1)
+    )
     flags = ["--inception", weights] if kind == "Inception" else []
     random = np.random.default_rng(0)
 
     def noisy(amount):
-        return lambda image: np.clip(image + random.normal(0, amount, image.shape), 0, 255).astype(np.uint8)
+        return lambda image: np.clip(image + random.normal(0, amount, image.shape), 0, 255).astype(
+            np.uint8
+        )
 
     def blurred(amount):
-        return lambda image: np.asarray(Image.fromarray(image).filter(ImageFilter.GaussianBlur(amount)))
+        return lambda image: np.asarray(
+            Image.fromarray(image).filter(ImageFilter.GaussianBlur(amount))
+        )
 
-    fid.main([str(a) for a in (first, "--save-stats", tmp_path / "ref.npz", *flags)])
-    for way, amounts in ((noisy, (20, 40, 120)), (blurred, (0.5, 1, 5) if scale == 1 else (1, 2, 5))):
-        folders = [digits_as_images(tmp_path / way.__name__ / str(a), slice(1, count, 2), way(a), scale) for a in amounts]
-        distances = [results(capsys, folder, "--ref", tmp_path / "ref.npz", *flags)["fid"] for folder in (second, *folders)]
-        assert sorted(distances) == distances and distances[-1] > 2 * distances[0], (way.__name__, distances)
-        assert distances[0] < 0.1 * distances[-1] or kind == "Inception", "40 images say little in 2048 dimensions"
+    fid.main([str(a) for a in (first, "--save-stats", tmp_path / "ref.npz", *flags)], data.World())
+    for way, amounts in (
+        (noisy, (20, 40, 120)),
+        (blurred, (0.5, 1, 5) if scale == 1 else (1, 2, 5)),
+    ):
+        folders = [
+            digits_as_images(tmp_path / way.__name__ / str(a), slice(1, count, 2), way(a), scale)
+            for a in amounts
+        ]
+        distances = [
+            results(capsys, folder, "--ref", tmp_path / "ref.npz", *flags)["fid"]
+            for folder in (second, *folders)
+        ]
+        assert sorted(distances) == distances and distances[-1] > 2 * distances[0], (
+            way.__name__,
+            distances,
+        )
+        assert distances[0] < 0.1 * distances[-1] or kind == "Inception", (
+            "40 images say little in 2048 dimensions"
+        )
     same = results(capsys, first, "--ref", tmp_path / "ref.npz", *flags)
     assert same["fid"] < 1e-6 * distances[0] and same["count"] == (count + 1) // 2
     assert ("is" in same) == (kind == "Inception") and kind.split()[0] in same["features"]
     if kind == "Inception":
-        assert same["inception"] == fid.sha256(weights) and "TensorFlow" in same["resize"]
+        assert same["inception"] == data.sha256(weights) and "TensorFlow" in same["resize"]
 
 
 def test_a_folder_an_npz_and_statistics_of_the_same_images_are_the_same(halves, tmp_path, capsys):
     (first, second), _ = halves
     paths = sorted(second.rglob("*.png"))
-    np.savez(tmp_path / "adm.npz", arr_0=np.stack([np.asarray(Image.open(path).convert("RGB")) for path in paths]),
-             arr_1=np.zeros(40))
-    fid.main([str(second), "--save-stats", str(tmp_path / "stats.npz")])
+    np.savez(
+        tmp_path / "adm.npz",
+        arr_0=np.stack([np.asarray(Image.open(path).convert("RGB")) for path in paths]),
+        arr_1=np.zeros(40),
+    )
+    fid.main([str(second), "--save-stats", str(tmp_path / "stats.npz")], data.World())
     with np.load(tmp_path / "stats.npz") as file:
         np.savez(tmp_path / "authors.npz", ref_mu=file["mu"], ref_sigma=file["sigma"])
-        np.savez(tmp_path / "both.npz", **file, arr_0=np.zeros((5, 16, 16, 3), np.uint8))  # the statistics count, as in ADM's
+        np.savez(
+            tmp_path / "both.npz", **file, arr_0=np.zeros((5, 16, 16, 3), np.uint8)
+        )  # the statistics count, as in ADM's
     want = results(capsys, first, "--ref", second)
     for name in ("adm", "stats", "authors", "both"):
         got = results(capsys, first, "--ref", tmp_path / f"{name}.npz")
-        assert got["fid"] == pytest.approx(want["fid"], rel=1e-9) and fid.sha256(tmp_path / f"{name}.npz") in got["reference"]
+        assert (
+            got["fid"] == pytest.approx(want["fid"], rel=1e-9)
+            and data.sha256(tmp_path / f"{name}.npz") in got["reference"]
+        )
     assert results(capsys, tmp_path / "adm.npz", "--ref", second)["fid"] < 1e-9
     assert results(capsys, first, "--ref", second, "--count", 30)["count"] == 30
 
@@ -203,9 +253,14 @@ def test_any_number_of_processes_gives_the_same_numbers(halves, tmp_path, capsys
     (first, second), weights = halves
     for flags in ([], ["--inception", weights]):
         argv = [str(a) for a in (first, "--ref", second, "--count", 25, *flags)]
-        alone, shared = results(capsys, *argv), json.loads(run(*LAUNCH, str(world), "fid.py", *argv).stdout)
+        alone, shared = (
+            results(capsys, *argv),
+            json.loads(run(*LAUNCH, str(world), "fid.py", *argv).stdout),
+        )
         for key in ("fid", "is", "is_std") if flags else ("fid",):
-            assert shared[key] == pytest.approx(alone[key], rel=1e-5 if flags else 1e-9)  # the network rounds by batch
+            assert shared[key] == pytest.approx(
+                alone[key], rel=1e-5 if flags else 1e-9
+            )  # the network rounds by batch
         assert shared["count"] == alone["count"] == 25
 
 
@@ -214,10 +269,18 @@ def test_a_broken_image_of_one_process_ends_all(halves, tmp_path):
     shutil.copytree(halves[0][0], folder)
     broken = sorted(folder.rglob("*.png"))[1]  # the second process's
     broken.write_text("x")
-    done = subprocess.run([sys.executable, *LAUNCH, "2", "fid.py", str(folder), "--ref", str(halves[0][1])], cwd=ROOT,
-                          env=ENVIRONMENT, capture_output=True, text=True, timeout=120)
-    assert done.returncode != 0 and f"fid.py: {broken} is no image that can be read" in done.stderr
-    assert "Traceback" not in done.stderr.split("failed (exitcode")[0], "what follows is torchrun's own"
+    done = subprocess.run(
+        [sys.executable, *LAUNCH, "2", "fid.py", str(folder), "--ref", str(halves[0][1])],
+        cwd=ROOT,
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode != 0 and f"fid.py: {broken} is not a readable image" in done.stderr
+    assert "Traceback" not in done.stderr.split("failed (exitcode")[0], (
+        "what follows is torchrun's own"
+    )
 
 
 def test_gathering_loses_no_digits():
@@ -263,39 +326,127 @@ def rewritten(path, change):
 
 
 REFERENCES = {
-    "missing": (lambda path: None, "does not exist: give a folder of images or an .npz, such as https://openaipublic"),
-    "pointer": (lambda path: path.write_text("version https://git-lfs.github.com/spec/v1\noid"), "is a Git-LFS pointer"),
-    "page": (lambda path: path.write_text("<!DOCTYPE html><html>"), "is a web page"),
-    "empty": (lambda path: path.write_bytes(b""), "is cut short, or no .npz"),
-    "cut short": (lambda path: (save_stats(path), path.write_bytes(path.read_bytes()[:-99])), "is cut short, or no .npz"),
-    "bits flipped": (lambda path: (save_stats(path, np.ones(768)), path.write_bytes(path.read_bytes().replace(
-        np.ones(9).tobytes(), np.zeros(9).tobytes(), 1))), "cannot be read (Bad CRC-32 for file 'mu.npy')"),
-    "other keys": (lambda path: np.savez(path, mean=np.zeros(3)), "has mean, but no mu and sigma"),
-    "half the keys": (lambda path: np.savez(path, mu=np.zeros(3), ref_sigma=np.eye(3)), "but no mu and sigma"),
-    "pickled": (lambda path: save_stats(path, mu=np.array([{}, {}])), "cannot be read (Object arrays cannot be loaded"),
-    "text": (lambda path: save_stats(path, mu=np.array(["a"])), "has <U1 and float64: they should be real numbers"),
-    "shapes": (lambda path: save_stats(path, mu=np.zeros(5)), "has a mean of (5,) and a covariance of (768, 768)"),
-    "infinite": (lambda path: save_stats(path, mu=np.full(768, np.inf)), "has values that are not finite"),
-    "asymmetric": (lambda path: save_stats(path, sigma=np.triu(np.ones((768, 768)))), "sigma is not symmetric, or has a"),
-    "negative": (lambda path: save_stats(path, sigma=-np.eye(768)), "sigma is not symmetric, or has a negative variance"),
-    "features": (lambda path: save_stats(path, np.zeros(5), np.eye(5)), "ref.npz has 5 features, images of (3, 16, 16) have 768"),
-    "no real numbers": (lambda path: save_stats(path, mu=np.zeros(768, complex)), "has complex128 and float64: they should"),
-    "nothing": (lambda path: save_stats(path, np.zeros(0), np.zeros((0, 0))), "has a mean of (0,) and a covariance of (0, 0)"),
-    "another .npy": (lambda path: rewritten(path, lambda npy: npy[:6] + bytes([3]) + npy[7:]), "cannot be read"),
-    "bits of images": (lambda path: (np.savez(path, arr_0=np.full((9, 8, 8, 3), 7, np.uint8)), path.write_bytes(
-        path.read_bytes().replace(bytes([7]) * 99, bytes([8]) * 99, 1))), "cannot be read (Bad CRC-32 for file 'arr_0.npy')"),
-    "images cut short": (lambda path: rewritten(path, lambda npy: npy[:-9]), "ends after 8 of 9 images"),
-    "sizes": (lambda path: [paint(path / str(side), 1, 1, side) for side in (8, 9)], "has images of several sizes"),
-    "deep images": (lambda path: (path.mkdir(), [Image.fromarray(np.zeros((8, 8), np.uint16)).save(path / f"{k}.png") for k in
-                                                 (0, 1)]), "more than 8 bits a channel, mode I;16"),
-    "a picture": (lambda path: paint(path, 1, 1, 8) or next(path.rglob("*.jpg")).rename(path.with_name("y")) and
-                  [shutil.rmtree(path), path.with_name("y").rename(path)], "cut short, or no .npz: fetch the file itself, or g"),
-    "images of floats": (lambda path: np.savez(path, arr_0=np.zeros((3, 8, 8, 3))), "arr_0 is float64 (3, 8, 8, 3): give"),
-    "grey images": (lambda path: np.savez(path, arr_0=np.zeros((3, 8, 8), np.uint8)), "arr_0 is uint8 (3, 8, 8): give"),
-    "an empty folder": (lambda path: path.mkdir(), "has 0 images, fewer than 2"),
-    "no images": (lambda path: (path.mkdir(), (path / "x.txt").write_text("x")), "has 0 images, fewer than 2"),
-    "a broken image": (lambda path: (path.mkdir(), [(path / f"{k}.png").write_text("x") for k in (0, 1)]),
-                       "0.png is no image that can be read"),
+    "missing": (
+        lambda path: None,
+        "No such file or directory",
+    ),
+    "pointer": (
+        lambda path: path.write_text("version https://git-lfs.github.com/spec/v1\noid"),
+        "cannot be read (File is not a zip file): give images or an .npz, such as https://openai",
+    ),
+    "page": (
+        lambda path: path.write_text("<!DOCTYPE html><html>"),
+        "cannot be read (File is not a zip file)",
+    ),
+    "empty": (lambda path: path.write_bytes(b""), "cannot be read (File is not a zip file)"),
+    "cut short": (
+        lambda path: (save_stats(path), path.write_bytes(path.read_bytes()[:-99])),
+        "cannot be read (File is not a zip file)",
+    ),
+    "bits flipped": (
+        lambda path: (
+            save_stats(path, np.ones(768)),
+            path.write_bytes(
+                path.read_bytes().replace(np.ones(9).tobytes(), np.zeros(9).tobytes(), 1)
+            ),
+        ),
+        "cannot be read (Bad CRC-32 for file 'mu.npy')",
+    ),
+    "other keys": (
+        lambda path: np.savez(path, mean=np.zeros(3)),
+        "cannot be read (\"There is no item named 'arr_0.npy' in the archive\")",
+    ),
+    "half the keys": (
+        lambda path: np.savez(path, mu=np.zeros(3), ref_sigma=np.eye(3)),
+        "cannot be read ('sigma is not a file in the archive')",
+    ),
+    "pickled": (
+        lambda path: save_stats(path, mu=np.array([{}, {}])),
+        "cannot be read (Object arrays cannot be loaded",
+    ),
+    "text": (
+        lambda path: save_stats(path, mu=np.array(["a"])),
+        "cannot be read (Cannot cast array data from dtype('<U1') to dtype('float64')",
+    ),
+    "shapes": (
+        lambda path: save_stats(path, mu=np.zeros(5)),
+        "mu and sigma are (5,) and (768, 768), they should be (d,) and (d, d)",
+    ),
+    "infinite": (
+        lambda path: save_stats(path, mu=np.full(768, np.inf)),
+        "has values that are not finite",
+    ),
+    "asymmetric": (
+        lambda path: save_stats(path, sigma=np.triu(np.ones((768, 768)))),
+        "sigma is no covariance: fetch it again",
+    ),
+    "negative": (
+        lambda path: save_stats(path, sigma=-np.eye(768)),
+        "sigma is no covariance: fetch it again",
+    ),
+    "features": (
+        lambda path: save_stats(path, np.zeros(5), np.eye(5)),
+        "ref.npz has 5 features, images of (3, 16, 16) have 768",
+    ),
+    "no real numbers": (
+        lambda path: save_stats(path, mu=np.zeros(768, complex)),
+        "cannot be read (Cannot cast array data from dtype('complex128') to dtype('float64')",
+    ),
+    "nothing": (
+        lambda path: save_stats(path, np.zeros(0), np.zeros((0, 0))),
+        "mu and sigma are (0,) and (0, 0), they should be",
+    ),
+    "another .npy": (
+        lambda path: rewritten(path, lambda npy: npy[:6] + bytes([3]) + npy[7:]),
+        "cannot be read",
+    ),
+    "bits of images": (
+        lambda path: (
+            np.savez(path, arr_0=np.full((9, 8, 8, 3), 7, np.uint8)),
+            path.write_bytes(path.read_bytes().replace(bytes([7]) * 99, bytes([8]) * 99, 1)),
+        ),
+        "cannot be read (Bad CRC-32 for file 'arr_0.npy')",
+    ),
+    "images cut short": (
+        lambda path: rewritten(path, lambda npy: npy[:-9]),
+        "ends after 8 of 9 images",
+    ),
+    "sizes": (
+        lambda path: [paint(path / str(side), 1, 1, side) for side in (8, 9)],
+        "has images of several sizes",
+    ),
+    "deep images": (
+        lambda path: (
+            path.mkdir(),
+            [Image.fromarray(np.zeros((8, 8), np.uint16)).save(path / f"{k}.png") for k in (0, 1)],
+        ),
+        "more than 8 bits a channel, mode I;16",
+    ),
+    "a picture": (
+        lambda path: (
+            paint(path, 1, 1, 8)
+            or next(path.rglob("*.jpg")).rename(path.with_name("y"))
+            and [shutil.rmtree(path), path.with_name("y").rename(path)]
+        ),
+        "cannot be read (File is not a zip file)",
+    ),
+    "images of floats": (
+        lambda path: np.savez(path, arr_0=np.zeros((3, 8, 8, 3))),
+        "arr_0 is float64 (3, 8, 8, 3): give",
+    ),
+    "grey images": (
+        lambda path: np.savez(path, arr_0=np.zeros((3, 8, 8), np.uint8)),
+        "arr_0 is uint8 (3, 8, 8): give",
+    ),
+    "an empty folder": (lambda path: path.mkdir(), "has 0 images, not 2: give more"),
+    "no images": (
+        lambda path: (path.mkdir(), (path / "x.txt").write_text("x")),
+        "has 0 images, not 2: give more",
+    ),
+    "a broken image": (
+        lambda path: (path.mkdir(), [(path / f"{k}.png").write_text("x") for k in (0, 1)]),
+        "0.png is not a readable image",
+    ),
 }
 
 
@@ -307,18 +458,33 @@ def test_bad_references(monkeypatch, halves, tmp_path, kind):
     assert words in message and (kind == "features" or str(tmp_path / "ref.npz") in message)
 
 
-@pytest.mark.parametrize("flags, words", [
-    ([], "nothing to do: give --ref, or --save-stats, or both"),
-    (["--ref", "x.npz", "--count", "1"], "--count 1: give a number above 1"),
-    (["--save-stats", "."], "--save-stats . cannot be written: give the name of a file in a folder that exists"),
-    (["--save-stats", "s.npz", "--count", "41"], "has 40 images, fewer than 41: give more, or a smaller --count"),
-    (["--ref", "x.npz", "--inception", "no.pth"], "no.pth does not exist: fetch https://github.com/mseitzer/pytorch-fid"),
-    (["--ref", "x.npz", "--fast"], "unrecognized arguments: --fast"),
-])
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        ([], "nothing to do: give --ref, or --save-stats, or both"),
+        (["--ref", "x.npz", "--count", "1"], "--count 1: give a number above 1"),
+        (
+            ["--save-stats", "."],
+            "--save-stats .: give a file in a folder that exists",
+        ),
+        (
+            ["--save-stats", "s.npz", "--count", "41"],
+            "has 40 images, not 41: give more or lower --count",
+        ),
+        (
+            ["--ref", "x.npz", "--inception", "no.pth"],
+            "no.pth is not a file: fetch https://github.com/mseitzer/pytorch-fid",
+        ),
+        (["--ref", "x.npz", "--fast"], "unrecognized arguments: --fast"),
+    ],
+)
 def test_bad_arguments(monkeypatch, halves, flags, words):
     assert words in fails(monkeypatch, "fid.py", halves[0][0], *flags)
 
 
 def test_pixels_that_are_too_many_for_a_covariance():
-    with pytest.raises(ValueError, match="images of 196,608 values are too large for a covariance of them: give --inception"):
+    with pytest.raises(
+        ValueError,
+        match="images of 196,608 values need features: give --inception",
+    ):
         fid.pixels(torch.zeros(1, 3, 256, 256, dtype=torch.uint8))

@@ -2,27 +2,35 @@
 code computes is in test_meanflow.py."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
-from functools import partial
-
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_meanflow import MODES, draws, whole_batch_loss
+from test_meanflow import MODES, draws
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+import data
 import meanflow
 import model
 
-PAPER = {"B/4": (131, 11.1), "B/2": (131, 46.0), "M/2": (308, 107.6), "L/2": (459, 161.4), "XL/2": (676, 237.2)}
+PAPER = {
+    "B/4": (131, 11.1),
+    "B/2": (131, 46.0),
+    "M/2": (308, 107.6),
+    "L/2": (459, 161.4),
+    "XL/2": (676, 237.2),
+}
 
 
 def small(seed=0, size=(64, 2, 2), channels=3, classes=5, dtype=torch.float64):
     """A DiT no parameter of which is zero."""
     g = torch.Generator().manual_seed(seed)
     params = model.init(size, channels=channels, classes=classes, generator=g)
-    return {name: (p + 0.02 * torch.randn(p.shape, generator=g)).to(dtype) for name, p in params.items()}
+    return {
+        name: (p + 0.02 * torch.randn(p.shape, generator=g)).to(dtype) for name, p in params.items()
+    }
 
 
 def inputs(batch, channels=3, height=8, width=8, classes=5, dtype=torch.float64, seed=0):
@@ -39,7 +47,13 @@ def test_the_printed_sizes_are_the_papers(capsys):
         assert math.floor(float(rows[size][4])) == millions and float(rows[size][6]) == gigaflop
 
 
-@given(st.sampled_from([64, 128, 192]), st.integers(1, 3), st.sampled_from([1, 2, 4]), st.integers(1, 5), st.integers(1, 9))
+@given(
+    st.sampled_from([64, 128, 192]),
+    st.integers(1, 3),
+    st.sampled_from([1, 2, 4]),
+    st.integers(1, 5),
+    st.integers(1, 9),
+)
 def test_the_checkpoint_is_the_config(width, depth, patch, channels, classes):
     g = torch.Generator().manual_seed(0)
     params = model.init((width, depth, patch), channels=channels, classes=classes, generator=g)
@@ -48,18 +62,27 @@ def test_the_checkpoint_is_the_config(width, depth, patch, channels, classes):
     assert model.dit(params, z, t, r, y).shape == z.shape
 
 
-@pytest.mark.parametrize("change, message", [
-    (lambda p: p.pop("x_embedder.proj.weight"), "x_embedder.proj.weight"),
-    (lambda p: p.update({"y_embedder.embedding_table.weight": torch.zeros(6)}), "y_embedder.embedding_table.weight"),
-    (lambda p: p.pop("blocks.1.mlp.fc1.bias"), "missing.*blocks.1.mlp.fc1.bias"),
-    (lambda p: p.update({"pos_embed": torch.zeros(1)}), "unknown.*pos_embed"),
-    (lambda p: p.update({"blocks.0.attn.proj.weight": torch.zeros(64, 63)}), r"blocks.0.attn.proj.weight.*\(64, 63\)"),
-])
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda p: p.pop("x_embedder.proj.weight"), "x_embedder.proj.weight"),
+        (
+            lambda p: p.update({"y_embedder.embedding_table.weight": torch.zeros(6)}),
+            "y_embedder.embedding_table.weight",
+        ),
+        (lambda p: p.pop("blocks.1.mlp.fc1.bias"), "missing.*blocks.1.mlp.fc1.bias"),
+        (lambda p: p.update({"pos_embed": torch.zeros(1)}), "unknown.*pos_embed"),
+        (
+            lambda p: p.update({"blocks.0.attn.proj.weight": torch.zeros(64, 63)}),
+            r"blocks.0.attn.proj.weight.*\(64, 63\)",
+        ),
+    ],
+)
 def test_tensors_that_are_no_dit_are_named(change, message):
     params = small()
     change(params)
     with pytest.raises(ValueError, match=message) as error:
-        model.config(params)
+        data.check_tensors("x.pt", params, model.shapes(model.config(params)), "give another")
     assert "\n" not in str(error.value)
 
 
@@ -72,10 +95,16 @@ def test_initial_weights():
     params = model.init((192, 2, 2), generator=torch.Generator().manual_seed(0))
     z, t, r, y = inputs(2, channels=4, classes=1000, dtype=torch.float32)
     assert (model.dit(params, z, t, r, y) == 0).all()
-    assert all((p == 0).all() for name, p in params.items() if name.endswith("bias") or "adaLN" in name)
+    assert all(
+        (p == 0).all() for name, p in params.items() if name.endswith("bias") or "adaLN" in name
+    )
     for name in ("t_embedder.mlp.0", "h_embedder.mlp.2", "y_embedder.embedding_table"):
         assert abs(params[f"{name}.weight"].std() - 0.02) < 0.001
-    for name, fans in (("blocks.0.attn.qkv", 192 + 576), ("blocks.1.mlp.fc2", 192 + 768), ("x_embedder.proj", 192 + 16)):
+    for name, fans in (
+        ("blocks.0.attn.qkv", 192 + 576),
+        ("blocks.1.mlp.fc2", 192 + 768),
+        ("x_embedder.proj", 192 + 16),
+    ):
         w, bound = params[f"{name}.weight"], math.sqrt(6 / fans)
         assert w.abs().max() <= bound and abs(w.std() / (bound / math.sqrt(3)) - 1) < 0.03
 
@@ -100,7 +129,12 @@ def test_no_layer_mixes_samples(row):
 def test_every_input_and_parameter_matters():
     params, (z, t, r, y) = small(), inputs(4)
     u = model.dit(params, z, t, r, y)
-    for changed in ((z + 1e-3, t, r, y), (z, t + 1e-3, r, y), (z, t, r + 1e-3, y), (z, t, r, (y + 1) % 6)):
+    for changed in (
+        (z + 1e-3, t, r, y),
+        (z, t + 1e-3, r, y),
+        (z, t, r + 1e-3, y),
+        (z, t, r, (y + 1) % 6),
+    ):
         assert ((model.dit(params, *changed) - u).abs().flatten(1).amax(1) > 1e-8).all()
     leaves = {name: p.requires_grad_() for name, p in params.items()}
     model.dit(leaves, z, t, r, y).square().sum().backward()
@@ -121,17 +155,26 @@ def close(a, b, tolerance=1e-12):
     assert a.shape == b.shape and (a - b).norm() <= tolerance * b.norm(), (a - b).norm() / b.norm()
 
 
-SHAPES = [((64, 2, 2), 1), ((128, 1, 1), 4), ((192, 3, 4), 3), ((1152, 1, 4), 2)]  # 1152: 16 heads of 72, as XL/2
+SHAPES = [
+    ((64, 2, 2), 1),
+    ((128, 1, 1), 4),
+    ((192, 3, 4), 3),
+    ((1152, 1, 4), 2),
+]  # 1152: 16 heads of 72, as XL/2
 
 
 def test_dit_jvp_is_torch_func_jvp():
     """Value, tangent and gradient, for every number of rows that have a tangent."""
     for size, channels in SHAPES:
-        params = {name: p.requires_grad_() for name, p in small(size=size, channels=channels).items()}
+        params = {
+            name: p.requires_grad_() for name, p in small(size=size, channels=channels).items()
+        }
         z, t, r, y = inputs(3, channels)
         v = torch.randn(z.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
         with sdpa_kernel(SDPBackend.MATH):
-            value, tangent = torch.func.jvp(lambda z, t: model.dit(params, z, t, r, y), (z, t), (v, torch.ones_like(t)))
+            value, tangent = torch.func.jvp(
+                lambda z, t: model.dit(params, z, t, r, y), (z, t), (v, torch.ones_like(t))
+            )
         gradients = torch.autograd.grad(value.square().sum(), params.values())
         for m in range(4):
             u, du = model.dit_jvp(params, z, t, r, y, v[3 - m :])
@@ -145,7 +188,10 @@ def test_dit_jvp_is_torch_func_jvp():
 @given(st.integers(0, 2**31), st.sampled_from(MODES), st.integers(1, 5), st.data())
 def test_the_fast_loss_is_the_whole_batch_loss(seed, mode, batch, data):
     """In value and every gradient, for all guidance modes, with shares of r = t from 0 to 1."""
-    params = {name: p.requires_grad_() for name, p in small(seed, size=(64, 1, 4), channels=1, classes=4).items()}
+    params = {
+        name: p.requires_grad_()
+        for name, p in small(seed, size=(64, 1, 4), channels=1, classes=4).items()
+    }
     equal = data.draw(st.integers(0, batch))
     d = draws(seed, batch, dim=64, equal=equal)
     x = torch.randn(batch, 64, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
@@ -159,9 +205,8 @@ def test_the_fast_loss_is_the_whole_batch_loss(seed, mode, batch, data):
         u, du = model.dit_jvp(params, z.unflatten(1, (1, 8, 8)), t, r, y, v.unflatten(1, (1, 8, 8)))
         return u.flatten(1), du.flatten(1)
 
-    with sdpa_kernel(SDPBackend.MATH):
-        want = whole_batch_loss(net, x, y, d, **kw)
-    got, _ = meanflow.loss(net, x, y, d, dual=jvp, equal=equal, **kw)
+    want, _ = meanflow.loss(net, x, y, d, **kw)
+    got, _ = meanflow.fast_loss(net, x, y, d, dual=jvp, equal=equal, **kw)
     close(got, want)
     for g, w in zip(*(torch.autograd.grad(each.sum(), params.values()) for each in (got, want))):
         close(g, w)
@@ -171,10 +216,16 @@ def test_tangents_in_bfloat16():
     """Under autocast, du/dt is right to 2 %, and no worse than torch.func.jvp's."""
     errors = []
     for seed in range(5):
-        params, (z, t, r, y) = small(seed, size=(256, 4, 2)), inputs(16, height=16, width=16, seed=seed)
+        params, (z, t, r, y) = (
+            small(seed, size=(256, 4, 2)),
+            inputs(16, height=16, width=16, seed=seed),
+        )
         v = torch.randn(z.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
         _, exact = model.dit_jvp(params, z, t, r, y, v)
-        params, (z, t, r, v) = {name: p.float() for name, p in params.items()}, (a.float() for a in (z, t, r, v))
+        params, (z, t, r, v) = (
+            {name: p.float() for name, p in params.items()},
+            (a.float() for a in (z, t, r, v)),
+        )
         with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
             _, ours = model.dit_jvp(params, z, t, r, y, v)
             theirs = meanflow.derivative(partial(model.dit, params), z, t, r, v, y)
@@ -191,8 +242,16 @@ def test_gradients_in_bfloat16():
 
     def gradients(cast):
         p = {name: cast(p).detach().requires_grad_() for name, p in params.items()}
-        each, _ = meanflow.loss(partial(model.dit, p), cast(x), y, meanflow.Draws(*map(cast, d)), null=5, kappa=0.5,
-                                dual=partial(model.dit_jvp, p), equal=12)
+        each, _ = meanflow.fast_loss(
+            partial(model.dit, p),
+            cast(x),
+            y,
+            meanflow.Draws(*map(cast, d)),
+            null=5,
+            kappa=0.5,
+            dual=partial(model.dit_jvp, p),
+            equal=12,
+        )
         return torch.autograd.grad(each.mean(), p.values())
 
     exact = gradients(lambda a: a)
@@ -205,13 +264,19 @@ def test_gradients_in_bfloat16():
 @pytest.mark.parametrize("block, tangents", [(model.block, 0), (model.block_jvp, 2)])
 def test_a_compiled_block_has_the_right_gradient(block, tangents):
     """On tokens as `tokens` lays them out in memory. As a convolution does, the compiler gets it wrong (torch 2.13)."""
-    params, (z, *_) = {name: p.requires_grad_() for name, p in small(size=(64, 1, 2)).items()}, inputs(4)
+    params, (z, *_) = (
+        {name: p.requires_grad_() for name, p in small(size=(64, 1, 2)).items()},
+        inputs(4),
+    )
     g = torch.Generator().manual_seed(1)
-    dx, c, dc = (torch.randn(*shape, 64, generator=g, dtype=torch.float64) for shape in ((2, 16), (4, 1), (2, 1)))
+    dx, c, dc = (
+        torch.randn(*shape, 64, generator=g, dtype=torch.float64)
+        for shape in ((2, 16), (4, 1), (2, 1))
+    )
     inputs_ = (dx, c, dc) if tangents else (c,)
 
     def run(block):
-        out = block(model.blocks(params)[0], model.tokens(params, z), *inputs_)
+        out = block(model.block_params(params)[0], model.embed_patches(params, z), *inputs_)
         out = out if tangents else (out,)
         loss = (out[0] * torch.arange(64)).square().sum()
         used = [p for name, p in params.items() if name.startswith(("blocks", "x_embedder"))]
@@ -219,56 +284,3 @@ def test_a_compiled_block_has_the_right_gradient(block, tangents):
 
     for got, want in zip(run(torch.compile(block, fullgraph=True, dynamic=False)), run(block)):
         close(got, want)
-
-
-# --- weights of others ---
-
-
-def published(seed=0, channels=4):
-    """A checkpoint as DiT and SiT publish theirs: twice the channels, no h_embedder, fixed positions, others' extras."""
-    g = torch.Generator().manual_seed(seed)
-    tensors = {name: p + 0.1 * torch.randn(p.shape, generator=g)
-               for name, p in model.init((64, 2, 2), channels=channels, classes=10, generator=g).items()}
-    tensors["final_layer.linear.weight"] = torch.randn(2 * 2 * 2 * channels, 64, generator=g)
-    tensors["final_layer.linear.bias"] = torch.randn(2 * 2 * 2 * channels, generator=g)
-    extras = {"pos_embed": torch.zeros(1, 16, 64), "projectors.0.0.weight": torch.ones(3)}
-    return {name: p for name, p in tensors.items() if not name.startswith("h_embedder")} | extras
-
-
-def test_adopt_keeps_the_velocity_of_a_checkpoint_at_first():
-    """Which has eight channels out; t - r adds nothing until it is trained, and can be."""
-    tensors, g = published(), torch.Generator().manual_seed(1)
-    fresh = model.init((64, 2, 2), channels=4, classes=10, generator=g)
-    params, taken, skipped, created = model.adopt(fresh, tensors)
-    assert model.config(params) == model.config(fresh) and skipped == ["pos_embed", "projectors.0.0.weight"]
-    assert created == [f"h_embedder.mlp.{k}.{kind}" for k in (0, 2) for kind in ("weight", "bias")]
-    assert set(taken) == params.keys() - set(created)
-    z, y, t = torch.randn(5, 4, 8, 8, generator=g), torch.arange(5), torch.rand(5, generator=g)
-    velocity = model.dit(tensors | {name: torch.zeros_like(fresh[name]) for name in created}, z, t, t, y)
-    assert velocity.shape[1] == 8
-    for r in (t, 0 * t):
-        assert torch.equal(model.dit(params, z, t, r, y), velocity[:, :4])
-    last = params["h_embedder.mlp.2.weight"].requires_grad_()
-    model.dit(params, z, t, 0 * t, y).sum().backward()
-    assert last.grad.norm() > 0
-
-
-def test_adopt_takes_our_own_checkpoints_whole():
-    g = torch.Generator().manual_seed(0)
-    ours, fresh = (model.init((64, 1, 2), channels=3, classes=10, generator=g) for _ in range(2))
-    params, taken, skipped, created = model.adopt(fresh, {name: p.double() for name, p in ours.items()})
-    assert all(torch.equal(params[name], ours[name]) and params[name].dtype == torch.float32 for name in ours)
-    assert len(taken) == len(ours) and not skipped and not created
-
-
-@pytest.mark.parametrize("size, channels, classes, words", [
-    ((128, 2, 2), 4, 10, "x_embedder.proj.weight has shape (64, 4, 2, 2), not (128, 4, 2, 2): give a checkpoint of the same"),
-    ((64, 3, 2), 4, 10, "no tensor blocks.2.attn.qkv.weight: give a checkpoint with DiT's names"),
-    ((64, 2, 2), 3, 10, "x_embedder.proj.weight has shape (64, 4, 2, 2), not (64, 3, 2, 2)"),
-    ((64, 2, 2), 4, 1000, "y_embedder.embedding_table.weight has shape (11, 64), not (1001, 64): give a checkpoint of the sa"),
-])
-def test_adopt_takes_nothing_that_does_not_fit(size, channels, classes, words):
-    fresh = model.init(size, channels=channels, classes=classes, generator=torch.Generator().manual_seed(0))
-    with pytest.raises(ValueError) as error:
-        model.adopt(fresh, published())
-    assert words in str(error.value) and "\n" not in str(error.value)

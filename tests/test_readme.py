@@ -14,6 +14,8 @@ def test_the_code_of_the_readme_runs():
 
 
 def test_ci_runs_the_test_command_of_the_readme():
-    commands = [line.strip() for line in README.splitlines() if line.startswith("    python3 -m venv")]
+    commands = [
+        line.strip() for line in README.splitlines() if line.startswith("    python3 -m venv")
+    ]
     assert len(commands) == 2 and "python train.py" in commands[0]
     assert commands[1].split("activate && ")[1] in (ROOT / ".ci/run").read_text()

@@ -25,7 +25,9 @@ def checkpoint(tmp_path):
     params = model.init((64, 1, 2), channels=1, classes=10, generator=g)
     params = {name: p + 0.05 * torch.randn(p.shape, generator=g) for name, p in params.items()}
     (tmp_path / "run").mkdir()
-    save_file(params, tmp_path / "run" / "ema-00000010.safetensors", {"kind": "pixels", "resolution": "8"})
+    save_file(
+        params, tmp_path / "run" / "ema-00000010.safetensors", {"kind": "pixels", "resolution": "8"}
+    )
     return tmp_path / "run", params
 
 
@@ -34,14 +36,33 @@ def test_the_readmes_command(checkpoint, monkeypatch, capsys):
     for source in (folder, folder / "ema-00000010.safetensors"):
         for steps in (1, 3):
             out = folder.parent / "new" / f"{steps}.png"
-            sample.main([str(source), "--classes", "3,1,4", "--steps", str(steps), "--seed", "5", "--out", str(out)])
+            sample.main(
+                [
+                    str(source),
+                    "--classes",
+                    "3,1,4",
+                    "--steps",
+                    str(steps),
+                    "--seed",
+                    "5",
+                    "--out",
+                    str(out),
+                ],
+                data.World(),
+            )
             assert capsys.readouterr().out == f"{out}\n"
             picture, gap = np.asarray(Image.open(out)), sample.GAP
             assert picture.shape == (32 + 2 * gap, 3 * 32 + 4 * gap) and picture.dtype == np.uint8
             images = sample.generate(params, [3, 1, 4], (1, 8, 8), steps=steps, seed=5)
             for i, image in enumerate(images.clamp(-1, 1)):
                 tile = picture[gap : gap + 32, gap + i * (32 + gap) :][:, :32]
-                want = ((image[0] + 1) * 127.5).round().byte().repeat_interleave(4, 0).repeat_interleave(4, 1)
+                want = (
+                    ((image[0] + 1) * 127.5)
+                    .round()
+                    .byte()
+                    .repeat_interleave(4, 0)
+                    .repeat_interleave(4, 1)
+                )
                 assert (tile == want.numpy()).all()
     assert not list(folder.parent.rglob("tmp-*"))
 
@@ -58,7 +79,9 @@ def test_a_sample_depends_on_seed_and_index_alone(checkpoint):
     _, params = checkpoint
     classes, kw = torch.arange(23) % 10, dict(steps=2, seed=3)
     together = sample.generate(params, classes, (1, 8, 8), **kw)
-    assert (together - sample.generate(params, classes, (1, 8, 8), batch=4, **kw)).abs().max() < 1e-5
+    assert (
+        together - sample.generate(params, classes, (1, 8, 8), batch=4, **kw)
+    ).abs().max() < 1e-5
     assert (together[:7] - sample.generate(params, classes[:7], (1, 8, 8), **kw)).abs().max() < 1e-5
     assert torch.equal(sample.noise(3, [5], (1, 8, 8))[0], sample.noise(3, range(9), (1, 8, 8))[5])
     assert (sample.noise(3, range(9), (2,)) != sample.noise(4, range(9), (2,))).all()
@@ -73,14 +96,20 @@ def test_colour_and_many_rows(tmp_path):
     assert (tile == images[12].permute(1, 2, 0).numpy()).all()
 
 
-@pytest.mark.parametrize("flags, words", [
-    (["--classes", "3,12"], "class 12 is out of range"),
-    (["--classes", "-1"], "class -1 is out of range"),
-    (["--classes", "cat"], "--classes cat: give class numbers with commas between, such as 3,1,4"),
-    (["--steps", "0"], "steps = 0: give a whole number >= 1"),
-    (["--steps", "two"], "argument --steps: invalid int value: 'two'"),
-    (["--out", "digits"], "digits has no ending of a picture: name it .png"),
-])
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (["--classes", "3,12"], "class 12 is out of range"),
+        (["--classes", "-1"], "class -1 is out of range"),
+        (
+            ["--classes", "cat"],
+            "--classes cat: give numbers separated by commas, as 3,1,4",
+        ),
+        (["--steps", "0"], "steps = 0: give a whole number >= 1"),
+        (["--steps", "two"], "argument --steps: invalid int value: 'two'"),
+        (["--out", "digits"], "digits has an unsupported image suffix: name it .png"),
+    ],
+)
 def test_bad_arguments(monkeypatch, checkpoint, flags, words):
     out = checkpoint[0].parent / "out.png"
     out.write_bytes(b"old")
@@ -97,24 +126,32 @@ def damage(name):
         elif name == "misshapen":
             params["blocks.0.attn.qkv.weight"] = torch.zeros(3, 64)
         elif name == "channels":
-            params |= model.init((64, 1, 2), channels=4, classes=10, generator=torch.Generator().manual_seed(0))
-        save_file(params, path)
+            params |= model.init(
+                (64, 1, 2), channels=4, classes=10, generator=torch.Generator().manual_seed(0)
+            )
+        save_file(params, path, {"kind": "pixels", "resolution": "8"})
         if name == "truncated":
             path.write_bytes(path.read_bytes()[:-7])
         elif name == "text":
             path.write_text("<html>not found</html>")
+
     return change
 
 
-@pytest.mark.parametrize("kind, words", [
-    ("missing", "1 missing tensor(s) for a DiT of Config(width=64, depth=1, patch=2, channels=1, classes=10), such as "
-                "blocks.0.mlp.fc1.bias"),
-    ("extra", "1 unknown tensor(s) for a DiT of"),
-    ("misshapen", "blocks.0.attn.qkv.weight has shape (3, 64), a DiT of"),
-    ("channels", "images of 4 channels cannot be shown"),
-    ("truncated", "is not a complete safetensors file"),
-    ("text", "is not a complete safetensors file"),
-])
+@pytest.mark.parametrize(
+    "kind, words",
+    [
+        (
+            "missing",
+            "has 1 missing tensors, such as blocks.0.mlp.fc1.bias: give a run's folder or weights that",
+        ),
+        ("extra", "1 unknown tensors, such as blocks.0.mlp.fc3.bias"),
+        ("misshapen", "blocks.0.attn.qkv.weight has shape (3, 64), not (192, 64)"),
+        ("channels", "images of 4 channels cannot be shown"),
+        ("truncated", "is not a whole safetensors file"),
+        ("text", "is not a whole safetensors file"),
+    ],
+)
 def test_bad_checkpoints(monkeypatch, checkpoint, kind, words):
     path, out = checkpoint[0].parent / "weights.safetensors", checkpoint[0].parent / "out.png"
     damage(kind)(path, dict(checkpoint[1]))
@@ -124,7 +161,9 @@ def test_bad_checkpoints(monkeypatch, checkpoint, kind, words):
 
 
 def test_missing_checkpoints(monkeypatch, tmp_path):
-    assert "does not exist: give a run's folder or a .safetensors file" in fails(monkeypatch, "sample.py", tmp_path / "no")
+    assert "is not a file: give a run's folder or weights that train.py wrote" in fails(
+        monkeypatch, "sample.py", tmp_path / "no"
+    )
     assert f"python train.py --out {tmp_path}" in fails(monkeypatch, "sample.py", tmp_path)
 
 
@@ -132,7 +171,9 @@ def test_missing_checkpoints(monkeypatch, tmp_path):
 
 
 def scored(capsys, folder, *flags):
-    sample.main([str(folder), "--fid", "digits", "--count", "60", *(str(f) for f in flags)])
+    sample.main(
+        [str(folder), "--fid", "digits", "--count", "60", *(str(f) for f in flags)], data.World()
+    )
     return json.loads(capsys.readouterr().out)
 
 
@@ -142,35 +183,57 @@ def test_fid_of_samples_in_one_line(checkpoint, tmp_path, capsys):
     samples = sample.generate(params, torch.arange(60) % 10, (1, 8, 8), steps=2, seed=3)
     quantised = ((samples.clamp(-1, 1) + 1) * 127.5).round() / 127.5 - 1
     digits = (data.digits().shards[0].add(1).mul(127.5).round() / 127.5 - 1).flatten(1)
-    want = fid.frechet_distance(*fid.statistics(fid.accumulate(None, quantised.flatten(1))),
-                                *fid.statistics(fid.accumulate(None, digits)))
+    want = fid.frechet_distance(
+        *fid.statistics(fid.accumulate(None, quantised.flatten(1))),
+        *fid.statistics(fid.accumulate(None, digits)),
+    )
     assert result["fid"] == pytest.approx(want.item(), rel=1e-6) and "is" not in result
     assert {key: result[key] for key in ("count", "steps", "seed", "classes", "features")} == {
-        "count": 60, "steps": 2, "seed": 3, "classes": "balanced", "features": "raw pixels in [-1, 1]"}
-    assert result["weights"].endswith(fid.sha256(folder / "ema-00000010.safetensors")) and result["vae"] is None
+        "count": 60,
+        "steps": 2,
+        "seed": 3,
+        "classes": "balanced",
+        "features": "raw pixels in [-1, 1]",
+    }
+    assert (
+        result["weights"].endswith(data.sha256(folder / "ema-00000010.safetensors"))
+        and result["vae"] is None
+    )
     files = sorted((tmp_path / "images").iterdir())
     assert [path.name for path in files] == [f"{k:06}.png" for k in range(60)]
-    assert (np.asarray(Image.open(files[7])) == ((quantised[7, 0] + 1) * 127.5).round().numpy()).all()
+    assert (
+        np.asarray(Image.open(files[7])) == ((quantised[7, 0] + 1) * 127.5).round().numpy()
+    ).all()
 
 
 def test_grey_images_go_through_inception_as_colours(checkpoint, tmp_path, capsys):
-    save_file(test_inception.weights(), tmp_path / "inception.safetensors")
-    with mock.patch.object(sample, "digits", lambda: data.digits()._replace(shards=[data.digits().shards[0][:10]])):
-        sample.main([str(checkpoint[0]), "--fid", "digits", "--count", "12", "--inception", str(tmp_path / "inception.safetensors")])
+    weights, ten = tmp_path / "inception.safetensors", data.digits()
+    save_file(test_inception.weights(), weights)
+    ten = ten._replace(shards=[ten.shards[0][:10]])
+    words = [checkpoint[0], "--fid", "digits", "--count", "12", "--inception", weights]
+    with mock.patch.object(data, "digits", lambda: ten):
+        sample.main([str(word) for word in words], data.World())
     result = json.loads(capsys.readouterr().out)
-    assert result["is"] >= 1 and result["is_splits"] == 10 and result["features"] == "Inception-v3 of 2015-12-05"
+    assert result["is"] >= 1 and result["is_splits"] == 10
+    assert result["features"] == "Inception-v3 of 2015-12-05"
 
 
 def test_samples_that_are_not_finite_have_no_distance(checkpoint):
     params = {name: p * 1e38 for name, p in checkpoint[1].items()}
-    with pytest.raises(ValueError, match="the network makes values that are not finite"):
-        sample.evaluate(params, (1, 8, 8), "pixels", None, fid.pixels, classes=10, count=4)
+    bad = sample.ImageModel(params, "pixels", (1, 8, 8), None)
+    with pytest.raises(ValueError, match="samples have values that are not finite"):
+        sample.evaluate(bad, list, torch.arange(4), data.World())
 
 
-def test_a_reference_of_other_features_is_refused_before_anything_is_drawn(checkpoint, monkeypatch, tmp_path):
+def test_a_reference_of_other_features_is_refused_before_anything_is_drawn(
+    checkpoint, monkeypatch, tmp_path
+):
     np.savez(tmp_path / "x.npz", mu=np.zeros(5), sigma=np.eye(5))
     message = fails(monkeypatch, "sample.py", checkpoint[0], "--fid", tmp_path / "x.npz")
-    assert "x.npz has 5 features, images of (1, 8, 8) have 64: give or leave out --inception" in message
+    assert (
+        "x.npz has 5 features, images of (1, 8, 8) have 64: give or leave out --inception"
+        in message
+    )
 
 
 def test_uniform_classes_depend_on_seed_and_index_alone(checkpoint, capsys):
@@ -184,7 +247,7 @@ def test_uniform_classes_depend_on_seed_and_index_alone(checkpoint, capsys):
             return torch.zeros(len(classes), *shape)
 
         with mock.patch.object(sample, "generate", generate):
-            sample.evaluate(checkpoint[1], (1, 8, 8), "pixels", None, fid.pixels, classes=10, count=count, uniform=True)
+            scored(capsys, checkpoint[0], "--uniform", "--count", count)
         seen.append(torch.cat(labels))
     assert torch.equal(seen[0], seen[1][:7]) and seen[1].bincount(minlength=10).float().std() > 0.5
 
@@ -198,35 +261,67 @@ def test_two_processes_draw_the_same_samples(checkpoint, capsys):
 
 def test_two_processes_share_a_reference_whose_shards_are_odd(tmp_path, capsys):
     paint(tmp_path / "images", 2, 5)
-    run("-c", f"import data; data.SHARD = 5; data.main([{str(tmp_path / 'images')!r}, {str(tmp_path / 'data')!r}, "
-              "'--resolution', '8'])")
+    run(
+        "-c",
+        f"import data; data.SHARD = 5; data.main([{str(tmp_path / 'images')!r}, {str(tmp_path / 'data')!r}, "
+        "'--resolution', '8'], data.World())",
+    )
     save_file(test_inception.weights(), tmp_path / "inception.safetensors")
-    params = model.init((64, 1, 2), channels=3, classes=2, generator=torch.Generator().manual_seed(0))
+    params = model.init(
+        (64, 1, 2), channels=3, classes=2, generator=torch.Generator().manual_seed(0)
+    )
     save_file(params, tmp_path / "x.safetensors", {"kind": "pixels", "resolution": "8"})
-    words = ["sample.py", str(tmp_path / "x.safetensors"), "--fid", str(tmp_path / "data"), "--count", "12", "--inception",
-             str(tmp_path / "inception.safetensors")]
+    words = [
+        "sample.py",
+        str(tmp_path / "x.safetensors"),
+        "--fid",
+        str(tmp_path / "data"),
+        "--count",
+        "12",
+        "--inception",
+        str(tmp_path / "inception.safetensors"),
+    ]
     shared = json.loads(run(*LAUNCH, "2", *words).stdout)
-    sample.main(words[1:])
+    sample.main(words[1:], data.World())
     alone = json.loads(capsys.readouterr().out)
-    assert shared["fid"] == pytest.approx(alone["fid"], rel=1e-5) and shared["is"] == pytest.approx(alone["is"], rel=1e-5)
+    assert shared["fid"] == pytest.approx(alone["fid"], rel=1e-5) and shared["is"] == pytest.approx(
+        alone["is"], rel=1e-5
+    )
 
 
 def test_what_data_py_wrote_is_a_reference_too(checkpoint, tmp_path, capsys):
     paint(tmp_path / "images", 2, 5)
-    data.main([str(tmp_path / "images"), str(tmp_path / "data"), "--resolution", "8"])
+    data.main([str(tmp_path / "images"), str(tmp_path / "data"), "--resolution", "8"], data.World())
     capsys.readouterr()
-    params = model.init((64, 1, 2), channels=3, classes=2, generator=torch.Generator().manual_seed(0))
+    params = model.init(
+        (64, 1, 2), channels=3, classes=2, generator=torch.Generator().manual_seed(0)
+    )
     save_file(params, tmp_path / "x.safetensors", {"kind": "pixels", "resolution": "8"})
-    sample.main([str(tmp_path / "x.safetensors"), "--fid", str(tmp_path / "data"), "--count", "20"])
+    sample.main(
+        [str(tmp_path / "x.safetensors"), "--fid", str(tmp_path / "data"), "--count", "20"],
+        data.World(),
+    )
     result = json.loads(capsys.readouterr().out)
     assert result["fid"] > 0 and result["reference"] == f"{tmp_path / 'data'}, 10 images"
 
 
-@pytest.mark.parametrize("flags, words", [
-    (["--fid", "no.npz"], "no.npz does not exist: give a folder of images or an .npz"),
-    (["--fid", "digits", "--images", "tests"], "--images tests is there already: give a new or an empty folder"),
-    (["--fid", "digits", "--count", "1"], "--count 1: give a number above 1"),
-    (["--fid", "digits", "--inception", "no.pth"], "no.pth does not exist: fetch https://github.com/mseitzer/pytorch-fid"),
-])
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (
+            ["--fid", "no.npz"],
+            "no.npz cannot be read ([Errno 2] No such file or directory: 'no.npz'): give images or",
+        ),
+        (
+            ["--fid", "digits", "--images", "tests"],
+            "--images tests already exists: give a new or an empty folder",
+        ),
+        (["--fid", "digits", "--count", "1"], "--count 1: give a number above 1"),
+        (
+            ["--fid", "digits", "--inception", "no.pth"],
+            "no.pth is not a file: fetch https://github.com/mseitzer/pytorch-fid",
+        ),
+    ],
+)
 def test_bad_evaluations(monkeypatch, checkpoint, flags, words):
     assert words in fails(monkeypatch, "sample.py", checkpoint[0], *flags)

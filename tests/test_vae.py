@@ -47,9 +47,18 @@ def inputs(batch, height, width, dtype=torch.float64, seed=0):
 
 def oracle(params, channels=SMALL):
     """diffusers' AutoencoderKL with these parameters."""
-    config = dict(block_out_channels=channels, layers_per_block=2, latent_channels=4, norm_num_groups=32, act_fn="silu",
-                  down_block_types=["DownEncoderBlock2D"] * 4, up_block_types=["UpDecoderBlock2D"] * 4)
-    with torch.device("meta"):  # else it draws weights of its own first, which takes longer than all the rest
+    config = dict(
+        block_out_channels=channels,
+        layers_per_block=2,
+        latent_channels=4,
+        norm_num_groups=32,
+        act_fn="silu",
+        down_block_types=["DownEncoderBlock2D"] * 4,
+        up_block_types=["UpDecoderBlock2D"] * 4,
+    )
+    with torch.device(
+        "meta"
+    ):  # else it draws weights of its own first, which takes longer than all the rest
         model = AutoencoderKL(**config)
     model.load_state_dict(params, strict=True, assign=True)
     return model.eval().requires_grad_(False)
@@ -72,16 +81,23 @@ def test_scale():
     assert data.SCALE == oracle(weights()).config.scaling_factor
 
 
-@pytest.mark.parametrize("channels, size, dtype, tolerance", [
-    (SMALL, (40, 24), torch.float64, 1e-12), (SMALL, (8, 8), torch.float64, 1e-12),
-    (FULL, (16, 24), torch.float64, 1e-12), (FULL, (64, 40), torch.float32, 2e-5),
-])
+@pytest.mark.parametrize(
+    "channels, size, dtype, tolerance",
+    [
+        (SMALL, (40, 24), torch.float64, 1e-12),
+        (SMALL, (8, 8), torch.float64, 1e-12),
+        (FULL, (16, 24), torch.float64, 1e-12),
+        (FULL, (64, 40), torch.float32, 2e-5),
+    ],
+)
 def test_agrees_with_diffusers(channels, size, dtype, tolerance):
     params, (images, z) = weights(channels, dtype), inputs(2, *size, dtype)
     theirs = oracle(params, channels)
     latents = theirs.encode(images).latent_dist
-    for ours, want in zip((*data.encode(params, images), data.decode(params, z)),
-                          (latents.mean, latents.std, theirs.decode(z).sample)):
+    for ours, want in zip(
+        (*data.encode(params, images), data.decode(params, z)),
+        (latents.mean, latents.std, theirs.decode(z).sample),
+    ):
         assert want.std() > 0.1 and error(ours, want) < tolerance
         assert ours.is_contiguous()
 
@@ -90,19 +106,30 @@ def test_log_variance_is_clamped():
     params, (images, _) = weights(), inputs(2, 16, 16)
     params["quant_conv.bias"][4:] = torch.tensor([-100, 100, 0, 0])
     _, std = data.encode(params, images)
-    assert (std[:, 0] == math.exp(-15)).all() and (std[:, 1] == math.exp(10)).all() and std[:, 2:].std() > 0.1
+    assert (
+        (std[:, 0] == math.exp(-15)).all()
+        and (std[:, 1] == math.exp(10)).all()
+        and std[:, 2:].std() > 0.1
+    )
     assert error(std, oracle(params).encode(images).latent_dist.std) < 1e-12
 
 
 def test_every_parameter_matters():
     """But for the keys' biases, which add the same to all scores of a query."""
-    params, (images, z) = {name: p.requires_grad_() for name, p in weights().items()}, inputs(1, 16, 24)
+    params, (images, z) = (
+        {name: p.requires_grad_() for name, p in weights().items()},
+        inputs(1, 16, 24),
+    )
     g = torch.Generator().manual_seed(1)
     outputs = (*data.encode(params, images), data.decode(params, z))
-    sum((out * torch.randn(out.shape, generator=g, dtype=out.dtype)).sum() for out in outputs).backward()
+    sum(
+        (out * torch.randn(out.shape, generator=g, dtype=out.dtype)).sum() for out in outputs
+    ).backward()
     for name, p in params.items():
         most = p.grad.abs().max()
-        assert most < 1e-12 if name.endswith("to_k.bias") else most > 1e-3 and (p.grad != 0).all(), (name, most)
+        assert (
+            most < 1e-12 if name.endswith("to_k.bias") else most > 1e-3 and (p.grad != 0).all()
+        ), (name, most)
 
 
 def test_bfloat16_is_close_and_gives_the_inputs_dtype():
@@ -133,27 +160,39 @@ def test_chunks_do_not_matter(chunk):
 
 def test_compiles_without_a_break():
     params, (images, z) = weights(), inputs(3, 16, 16)
-    run = lambda params, images, z: (*data.encode(params, images, chunk=2), data.decode(params, z, chunk=2))
+    run = lambda params, images, z: (
+        *data.encode(params, images, chunk=2),
+        data.decode(params, z, chunk=2),
+    )
     compiled = torch.compile(run, fullgraph=True, backend="eager")
     for ours, want in zip(compiled(params, images, z), run(params, images, z)):
         assert error(ours, want) < 1e-13
 
 
-@pytest.mark.parametrize("shape, dtype, message", [
-    ((2, 3, 36, 32), torch.float32, r"\(2, 3, 36, 32\)"), ((2, 3, 32, 36), torch.float32, r"\(2, 3, 32, 36\)"),
-    ((3, 32, 32), torch.float32, r"\(3, 32, 32\)"), ((2, 32, 32, 3), torch.float32, r"\(2, 32, 32, 3\)"),
-    ((2, 3, 32, 32), torch.uint8, "uint8"),
-])
+@pytest.mark.parametrize(
+    "shape, dtype, message",
+    [
+        ((2, 3, 36, 32), torch.float32, r"\(2, 3, 36, 32\)"),
+        ((2, 3, 32, 36), torch.float32, r"\(2, 3, 32, 36\)"),
+        ((3, 32, 32), torch.float32, r"\(3, 32, 32\)"),
+        ((2, 32, 32, 3), torch.float32, r"\(2, 32, 32, 3\)"),
+        ((2, 3, 32, 32), torch.uint8, "uint8"),
+    ],
+)
 def test_images_that_cannot_be_encoded(shape, dtype, message):
     with pytest.raises(ValueError, match=f"images are .*{message}.*: give ") as error:
         data.encode(weights(), torch.zeros(shape, dtype=dtype))
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("shape, dtype, message", [
-    ((2, 3, 4, 4), torch.float32, r"\(2, 3, 4, 4\)"), ((4, 4, 4), torch.float32, r"\(4, 4, 4\)"),
-    ((2, 4, 4, 4), torch.int64, "int64"),
-])
+@pytest.mark.parametrize(
+    "shape, dtype, message",
+    [
+        ((2, 3, 4, 4), torch.float32, r"\(2, 3, 4, 4\)"),
+        ((4, 4, 4), torch.float32, r"\(4, 4, 4\)"),
+        ((2, 4, 4, 4), torch.int64, "int64"),
+    ],
+)
 def test_latents_that_cannot_be_decoded(shape, dtype, message):
     with pytest.raises(ValueError, match=f"latents are .*{message}.*: give "):
         data.decode(weights(), torch.zeros(shape, dtype=dtype))
@@ -169,8 +208,10 @@ def load(path, channels=SMALL):
 
 def same(params, want):
     assert params.keys() == want.keys()
-    assert all(p.dtype == torch.float32 and p.shape == want[name].shape and (p == want[name]).all()
-               for name, p in params.items())
+    assert all(
+        p.dtype == torch.float32 and p.shape == want[name].shape and (p == want[name]).all()
+        for name, p in params.items()
+    )
 
 
 def test_a_file_of_diffusers_loads(tmp_path):
@@ -189,9 +230,17 @@ def test_a_file_of_diffusers_loads(tmp_path):
 def test_a_file_with_the_old_names_loads(tmp_path, axes):
     old, params = {}, weights(dtype=torch.float16)
     for name, p in params.items():
-        for new, was in (("to_q", "query"), ("to_k", "key"), ("to_v", "value"), ("to_out.0", "proj_attn")):
+        for new, was in (
+            ("to_q", "query"),
+            ("to_k", "key"),
+            ("to_v", "value"),
+            ("to_out.0", "proj_attn"),
+        ):
             if f"attentions.0.{new}." in name:
-                name, p = name.replace(new, was), p[:, :, None, None] if axes == 4 and p.ndim == 2 else p
+                name, p = (
+                    name.replace(new, was),
+                    p[:, :, None, None] if axes == 4 and p.ndim == 2 else p,
+                )
         old[name] = p
     assert sum(name not in params for name in old) == 16
     save_file(old, tmp_path / "vae.safetensors")
@@ -201,14 +250,30 @@ def test_a_file_with_the_old_names_loads(tmp_path, axes):
 CHANGES = {  # what is done to the tensors: what the message must name
     "missing": (lambda p: p.pop("quant_conv.bias"), "1 missing .*quant_conv.bias"),
     "unknown": (lambda p: p.update({"loss.logvar": torch.zeros(1)}), "1 unknown .*loss.logvar"),
-    "shape": (lambda p: p.update({"quant_conv.bias": torch.zeros(9)}), r"quant_conv.bias .*\(9,\), not \(8,\)"),
-    "nan": (lambda p: p["decoder.conv_in.bias"].fill_(torch.nan), "decoder.conv_in.bias .*not finite"),
-    "inf": (lambda p: p["quant_conv.weight"].view(-1)[3:4].fill_(torch.inf), "quant_conv.weight .*not finite"),
+    "shape": (
+        lambda p: p.update({"quant_conv.bias": torch.zeros(9)}),
+        r"quant_conv.bias .*\(9,\), not \(8,\)",
+    ),
+    "nan": (
+        lambda p: p["decoder.conv_in.bias"].fill_(torch.nan),
+        "decoder.conv_in.bias .*not finite",
+    ),
+    "inf": (
+        lambda p: p["quant_conv.weight"].view(-1)[3:4].fill_(torch.inf),
+        "quant_conv.weight .*not finite",
+    ),
     "empty": (lambda p: p.clear(), "248 missing"),
-    "LDM": (lambda p: (p.clear(), p.update({"first_stage_model.encoder.down.0.block.0.norm1.bias": torch.zeros(1)})),
-            "latent-diffusion code"),
-    "LDM's VAE": (lambda p: (p.clear(), p.update({"encoder.down.0.block.0.norm1.bias": torch.zeros(1)})),
-                  "latent-diffusion code"),
+    "LDM": (
+        lambda p: (
+            p.clear(),
+            p.update({"first_stage_model.encoder.down.0.block.0.norm1.bias": torch.zeros(1)}),
+        ),
+        "248 missing .*decoder.conv_in.bias",
+    ),
+    "LDM's VAE": (
+        lambda p: (p.clear(), p.update({"encoder.down.0.block.0.norm1.bias": torch.zeros(1)})),
+        "248 missing .*decoder.conv_in.bias",
+    ),
 }
 
 
@@ -228,15 +293,24 @@ def start(path, stop):
 
 
 FILES = {  # what is written at the path: what the message must say
-    "nothing": (lambda path: None, "does not exist"),
-    "folder": (Path.mkdir, "is a folder"),
-    "void": (Path.touch, "truncated"),
-    "half": (lambda path: start(path, -9), "truncated"),
-    "head": (lambda path: start(path, 20), "truncated"),
-    "page": (lambda path: path.write_text("\n<!DOCTYPE html><html><title>404</title></html>"), "HTML page"),
-    "pointer": (lambda path: path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:a1"), "Git-LFS"),
-    "pickle": (pickled, "a pickle"),
-    "zip": (lambda path: torch.save({"state_dict": Trap()}, path), "zipped pickle"),
+    "nothing": (lambda path: None, "is not a file"),
+    "folder": (Path.mkdir, "is not a file"),
+    "void": (Path.touch, "is not a whole safetensors file"),
+    "half": (lambda path: start(path, -9), "is not a whole safetensors file"),
+    "head": (lambda path: start(path, 20), "is not a whole safetensors file"),
+    "page": (
+        lambda path: path.write_text("\n<!DOCTYPE html><html><title>404</title></html>"),
+        "is not a whole safetensors file",
+    ),
+    "pointer": (
+        lambda path: path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:a1"),
+        "is not a whole safetensors file",
+    ),
+    "pickle": (pickled, "is not a whole safetensors file"),
+    "zip": (
+        lambda path: torch.save({"state_dict": Trap()}, path),
+        "is not a whole safetensors file",
+    ),
 }
 
 
@@ -244,7 +318,11 @@ def refused(path, message):
     with pytest.raises((ValueError, FileNotFoundError)) as error:
         load(path)
     line = str(error.value)
-    assert line.startswith(str(path)) and "\n" not in line and line.count("diffusion_pytorch_model.safetensors") == 1
+    assert (
+        line.startswith(str(path))
+        and "\n" not in line
+        and line.count("diffusion_pytorch_model.safetensors") == 1
+    )
     assert re.search(message, line), line
 
 
