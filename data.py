@@ -33,7 +33,7 @@ from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from datetime import timedelta
-from functools import lru_cache, partial
+from functools import lru_cache
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
@@ -518,16 +518,11 @@ def read_tensors(path, hint):
 
 def check_tensors(path, tensors, shapes, hint):
     """Raise ValueError unless `tensors` are finite and those of `shapes`, {name: shape}."""
-    missing, unknown = shapes.keys() - tensors.keys(), tensors.keys() - shapes.keys()
-    for kind, names in (("missing", missing), ("unknown", unknown)):
-        if names:
-            raise ValueError(
-                f"{path} has {len(names)} {kind} tensors, such as {min(names)}: {hint}"
-            )
-    for name, shape in shapes.items():
-        found = tuple(tensors[name].shape)
-        if found != shape:
-            raise ValueError(f"{path}: {name} has shape {found}, not {shape}: {hint}")
+    found = {name: tuple(p.shape) for name, p in tensors.items()}
+    for name in shapes | found:
+        got, wanted = found.get(name, "missing"), shapes.get(name, "absent")
+        if got != wanted:
+            raise ValueError(f"{path}: {name} is {got}, should be {wanted}: {hint}")
         if not tensors[name].isfinite().all():
             raise ValueError(f"{path}: {name} has values that are not finite: {hint}")
 
@@ -656,8 +651,9 @@ def main(argv, world):
 
 
 def convert(args, files, about, vae, world):
+    """Write the shards that are not complete, each process its share, then the index."""
     if world.rank == 0:
-        lock = lock_folder(args.out)  # until this process ends
+        args.lock = lock_folder(args.out)  # held until this process ends
         print(f"{len(files):,} files of {len(about['classes']):,} classes", flush=True)
     barrier()
     shards = [args.out / f"shard-{k:05}.safetensors" for k in range(-(-len(files) // SHARD))]

@@ -24,7 +24,6 @@ import math
 import os
 import re
 import zipfile
-import zlib
 from contextlib import contextmanager
 from functools import reduce
 from itertools import groupby, islice
@@ -389,10 +388,9 @@ def nearest(features, reals, *, exclude_self=False):
 @contextmanager
 def readable(path):
     """Turn any error of decoding an .npz file into a one-line ValueError."""
-    errors = (ValueError, TypeError, OSError, EOFError, KeyError, RuntimeError)
     try:
         yield
-    except (*errors, zipfile.BadZipFile, zlib.error) as error:
+    except Exception as error:  # of many types
         why, hint = " ".join(str(error).split()), f"give images or an .npz, such as {REFERENCE}"
         raise ValueError(f"{path} cannot be read ({why}): {hint}") from None
 
@@ -447,10 +445,9 @@ def image_files(folder):
     """Return the paths of the images in a folder and in those below it, sorted."""
     from PIL import Image
 
-    Image.init()
-    walk = os.walk(folder, followlinks=True)
+    walk, suffixes = os.walk(folder, followlinks=True), Image.registered_extensions()
     paths = sorted(Path(parent, name) for parent, _, names in walk for name in names)
-    return [path for path in paths if path.suffix.lower() in Image.EXTENSION]
+    return [path for path in paths if path.suffix.lower() in suffixes]
 
 
 def load_images(path, count=None, rank=0, world=1):

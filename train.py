@@ -230,22 +230,27 @@ def log_means(log, folder, history):
     `log` is None but in the first process. Beside saving, this is the only place where the host
     waits for the device. Raises ValueError in all processes if a value in any is not finite.
     """
-    rows = torch.cat([F.pad(rows, (1, 0), value=step) for step, rows in history]).double().cpu()
-    steps, t, r, loss, raw = rows.unbind(1)
-    groups = {"loss": loss, "raw_equal": raw[t == r], "raw_differ": raw[t > r]}
-    sums = torch.tensor([[a.sum(), len(a)] for a in groups.values()], dtype=torch.float64)
-    if dist.is_initialized():
-        dist.all_reduce(sums)
-    if not sums.isfinite().all():
-        bad = torch.cat(fid.all_gather(rows[~rows.isfinite().all(1)]))
-        first = bad[bad[:, 0] == bad[:, 0].min()]
-        times = ", ".join(f"({t:.4f}, {r:.4f})" for _, t, r, _, _ in first[:8].tolist())
-        times += ", ..." * (len(first) > 8)
-        where = f"step {first[0, 0]:.0f} in {len(first)} rows, with (t, r) = {times}"
-        raise ValueError(f"the loss is not finite at {where}; {last_good(folder)}")
-    means = {k: total / n if n else None for k, (total, n) in zip(groups, sums.tolist())}
+    rows = torch.cat([F.pad(rows, (1, 0), value=step) for step, rows in history])
+    rows = torch.cat(fid.all_gather(rows.double().cpu()))
+    step, t, r, loss, raw = rows.unbind(1)
+    bad = rows[~rows.isfinite().all(1)]
+    if len(bad):
+        bad = bad[bad[:, 0] == bad[:, 0].min()]
+        times = ", ".join(f"({t:.4f}, {r:.4f})" for _, t, r, _, _ in bad[:8].tolist())
+        where = f"step {bad[0, 0]:.0f} in {len(bad)} rows, of (t, r) = {times}"
+        raise ValueError(f"the loss is not finite at {where}, ...; {last_good(folder)}")
+
+    def mean(values):
+        return values.mean().item() if len(values) else None
+
+    line = {
+        "step": int(step.max()),
+        "loss": mean(loss),
+        "raw_equal": mean(raw[t == r]),
+        "raw_differ": mean(raw[t > r]),
+        "time": round(time.time(), 3),
+    }
     if log:
-        line = {"step": int(steps[-1]), **means, "time": round(time.time(), 3)}
         log.write(json.dumps(line) + "\n")
 
 
@@ -489,11 +494,6 @@ def any_process(flag):
     return bool(flag)
 
 
-def average(ema, params, decay):
-    """Move the averaged weights towards the weights by 1 - decay, in place."""
-    torch._foreach_lerp_([*ema.values()], [p.detach() for p in params.values()], 1 - decay)
-
-
 def save_samples(path, model):
     """Write a grid of one-step samples of all classes, always from the same noise."""
     labels = torch.arange(100) * config(model.params).classes // 100
@@ -522,7 +522,7 @@ def main(argv, world):
             history.append((step, rows))
         adam.step()
         adam.zero_grad()
-        average(ema, params, recipe.ema)
+        torch._foreach_lerp_([*ema.values()], [p.detach() for p in params.values()], 1 - recipe.ema)
 
         stopped = any_process(terminated.is_set())
         saving = stopped or step % args.save == 0 or step % LASTING == 0 or step == recipe.steps
