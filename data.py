@@ -46,9 +46,10 @@ from PIL import Image
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch.distributed.rendezvous import rendezvous
+from torch.utils.data import ConcatDataset
 from tqdm import tqdm
 
-STREAMS = ("order", "draws", "samples", "init", "views", "classes")  # uses of random numbers
+STREAMS = ("order", "draws", "samples", "init", "views", "classes")  # one for each use
 SHARD = 1024  # images
 SCALE = 0.18215  # brings latents to a variance of about 1
 TENSOR = {"latents": "moments", "pixels": "pixels"}  # what a shard of each kind holds
@@ -68,12 +69,12 @@ def generator(seed, stream, k):
 
 
 class Dataset(NamedTuple):
-    name: str  # no two data sets share it
+    name: str  # of data.py's folders, a hash of the files' names and the settings
     kind: str  # "pixels" or "latents"
     classes: list  # their names, by label
     shape: tuple  # of a sample: (channels, height, width)
     labels: torch.Tensor  # (N,) int64
-    shards: list  # memory-mapped tensors that hold the N items one after the other
+    items: ConcatDataset  # the N items, from memory-mapped shards
 
 
 def digits():
@@ -81,7 +82,7 @@ def digits():
     with np.load(Path(__file__).with_name("digits.npz")) as file:
         images, labels = torch.from_numpy(file["images"]), torch.from_numpy(file["labels"])
     classes, items = [str(k) for k in range(10)], images[:, None] / 8 - 1
-    return Dataset("digits", "pixels", classes, (1, 8, 8), labels.long(), [items])
+    return Dataset("digits", "pixels", classes, (1, 8, 8), labels.long(), items)
 
 
 @lru_cache(2)  # epochs: permuting ImageNet takes longer than a step
@@ -97,8 +98,8 @@ def epoch_indices(count, batch, *, seed, step):
     """
     places = torch.arange(step * batch, (step + 1) * batch)
     epochs = places // count
-    order = {k: permutation(count, seed, k) for k in epochs.unique().tolist()}
-    return torch.cat([p[places[epochs == k] % count] for k, p in order.items()])
+    used = epochs.unique().tolist()
+    return torch.cat([permutation(count, seed, k)[places[epochs == k] % count] for k in used])
 
 
 def batch(dataset, size, *, seed, step, rank=0, world=1):
@@ -108,18 +109,16 @@ def batch(dataset, size, *, seed, step, rank=0, world=1):
     and multiplied by SCALE. Digits are not mirrored.
     """
     mine = slice(rank, None, world)
-    rows = epoch_indices(len(dataset.labels), size, seed=seed, step=step)[mine].contiguous()
+    rows = epoch_indices(len(dataset.labels), size, seed=seed, step=step)[mine]
     views = generator(seed, "views", step)
     mirrored = torch.randint(2, (size,), generator=views)[mine]
-    starts = torch.tensor([0, *map(len, dataset.shards)]).cumsum(0)
-    shard = torch.searchsorted(starts, rows, right=True) - 1
-    places = list(zip(shard.tolist(), (rows - starts[shard]).tolist(), mirrored.tolist()))
+    items = [dataset.items[i] for i in rows.tolist()]
     if dataset.kind == "latents":
-        moments = torch.stack([dataset.shards[s][i, m] for s, i, m in places]).float()
-        mean, std = moments.unbind(1)
+        moments = torch.stack([item[m] for item, m in zip(items, mirrored.tolist())])
+        mean, std = moments.float().unbind(1)
         x = SCALE * (mean + std * torch.randn((size, *dataset.shape), generator=views)[mine])
     else:
-        x = torch.stack([dataset.shards[s][i] for s, i, _ in places])
+        x = torch.stack(items)
         if x.dtype == torch.uint8:
             x = torch.where(mirrored[:, None, None, None] == 1, x.flip(3), x) / 127.5 - 1
     return x, dataset.labels[rows]
@@ -136,32 +135,36 @@ def prefetch(make, keys, depth=3, threads=1):
             yield pending.popleft().result()
 
 
+def checksum(value):
+    """Return the sha256 of a JSON value, in hex."""
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()
+
+
 def read_index(path):
-    """Return the index of a folder of shards. Raise ValueError unless data.py wrote it."""
-    fields = {"source": str, "resolution": int, "channels": int, "classes": list, "left_out": list}
+    """Return the index of a folder of shards.
+
+    Raises FileNotFoundError, or ValueError unless it is as data.py wrote it, both with one line.
+    """
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist: run python data.py IMAGES {path.parent}")
     try:
         index = json.loads(path.read_text())
-        valid = index["kind"] in TENSOR and all(isinstance(index[k], v) for k, v in fields.items())
-        valid = valid and all(shard["sha256"] for shard in index["shards"].values())
+        if index.pop("checksum") == checksum(index):
+            return index
     except (ValueError, TypeError, LookupError, AttributeError):
-        valid = False
-    if not valid or not index["shards"]:
-        raise ValueError(f"{path} is not an index that data.py wrote: choose another folder")
-    return index
+        pass
+    raise ValueError(f"{path} is not an index that data.py wrote: choose another folder")
 
 
 def load_data(folder, rank=0, world=1):
-    """Return the Dataset of a folder that this script wrote.
+    """Return the Dataset of a folder that this script wrote, or of "digits".
 
     Every shard is opened; the checksums of shards rank::world are compared, which reads ImageNet's
-    42 GB once. Raises ValueError or FileNotFoundError, with one line that says the way out.
+    42 GB once. Raises FileNotFoundError or ValueError, with a line that says what to do.
     """
-    index = read_index(Path(folder, "index.json"))
-    kind, side = index["kind"], index["resolution"]
-    side = side // 8 if kind == "latents" else side
-    shape, hint = (index["channels"], side, side), "delete it and run data.py again"
+    if folder == "digits":
+        return digits()
+    index, hint = read_index(Path(folder, "index.json")), "delete it and run data.py again"
     paths = [Path(folder, name) for name in index["shards"]]
     shards, mine = [read_tensors(path, hint)[0] for path in paths], paths[rank::world]
     with ThreadPoolExecutor() as pool:
@@ -169,13 +172,12 @@ def load_data(folder, rank=0, world=1):
             if digest != index["shards"][path.name]["sha256"]:
                 raise ValueError(f"{path} does not have the checksum in index.json: {hint}")
     barrier()  # until the other processes have checked theirs
-    items = [shard[TENSOR[kind]] for shard in shards]
-    if any(x.shape[-3:] != shape for x in items):
-        raise ValueError(f"{folder} holds {kind} not of {shape}, as index.json says: {hint}")
-    about = json.dumps([index["source"], index["left_out"]])  # not checksums: GPUs round otherwise
-    name = f"{kind} {hashlib.sha256(about.encode()).hexdigest()[:16]}"
+    kind = index["kind"]
+    items = ConcatDataset([shard[TENSOR[kind]] for shard in shards])
     labels = torch.cat([shard["labels"] for shard in shards])
-    return Dataset(name, kind, index["classes"], shape, labels, items)
+    # The checksums of shards do not count: another GPU encodes with other rounding.
+    name = f"{kind} {checksum([index['source'], index['left_out']])[:16]}"
+    return Dataset(name, kind, index["classes"], tuple(items[0].shape[-3:]), labels, items)
 
 
 # --- the VAE ---
@@ -219,7 +221,7 @@ def vae_shapes():
     return {f"{name}.weight": shape for name, shape in weights.items()} | biases
 
 
-def load_vae(path):
+def load_vae(path, device="cpu", dtype=torch.float32):
     """Return the VAE's parameters, {name: float32 tensor}, from its safetensors file.
 
     The file of -mse has 334,643,276 bytes and SHA-256
@@ -233,7 +235,7 @@ def load_vae(path):
         if "attentions" in name and p.ndim == 4:  # once made of 1x1 convolutions
             p = p.flatten(1)
         layout = torch.channels_last if p.ndim == 4 else torch.contiguous_format  # 15 % faster
-        vae[name] = p.to(torch.float32, memory_format=layout, copy=True)
+        vae[name] = p.to(device, dtype, memory_format=layout, copy=True)
     check_tensors(path, vae, vae_shapes(), FETCH)
     return vae
 
@@ -349,7 +351,7 @@ def read_image(path):
         if getattr(error, "errno", None) and not isinstance(error, FileNotFoundError):
             raise
         why = " ".join(str(error).split()) or type(error).__name__
-        raise ValueError(f"{path} is not a readable image ({why}): mend or delete it") from None
+        raise ValueError(f"{path} is not a readable image ({why}): repair or delete it") from None
 
 
 def centre_crop(image, size):
@@ -360,11 +362,10 @@ def centre_crop(image, size):
     """
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
-    scale = size / min(image.size)
-    width, height = round(image.width * scale), round(image.height * scale)
-    image = image.resize((width, height), Image.Resampling.BICUBIC)
-    left, top = (width - size) // 2, (height - size) // 2
-    pixels = np.array(image.crop((left, top, left + size, top + size)))
+    scaled = [round(side * size / min(image.size)) for side in image.size]
+    image = image.resize(scaled, Image.Resampling.BICUBIC)
+    left, top = ((side - size) // 2 for side in scaled)
+    pixels = np.array(image)[top : top + size, left : left + size]
     return torch.from_numpy(pixels).permute(2, 0, 1)
 
 
@@ -379,6 +380,12 @@ def load_crop(path, size):
         return torch.zeros(3, size, size, dtype=torch.uint8), str(error)
 
 
+def files_below(folder):
+    """Return the paths of all files in a folder and in those below it, sorted."""
+    walk = os.walk(folder, followlinks=True)
+    return sorted(Path(parent, name) for parent, _, names in walk for name in names)
+
+
 def list_images(root):
     """List the files of a folder of class folders, in a fixed order.
 
@@ -389,8 +396,7 @@ def list_images(root):
     if not classes:
         raise ValueError(f"{root} holds no folders: give one with a folder of images per class")
     for label, name in enumerate(classes):
-        walk = os.walk(root / name, followlinks=True)
-        paths = sorted(Path(folder, file) for folder, _, names in walk for file in names)
+        paths = files_below(root / name)
         images = (path for path in paths if load_crop(path, 1)[1] is None)
         first.append(next(images, None))
         if first[-1] is None:
@@ -409,8 +415,8 @@ def encode_views(vae, images, device):
     return torch.cat(moments)  # (n, view, mean and deviation, 4, H/8, W/8)
 
 
-def is_complete(path, source, digest):
-    """Say whether a shard of `source` is there, whole, and has the digest, if one is known.
+def is_complete(path, source, entry):
+    """Return whether a shard of `source` is there, whole, and as its entry in the index, if any.
 
     Raises ValueError if the shard was made from another source.
     """
@@ -422,7 +428,7 @@ def is_complete(path, source, digest):
     if about.get("source") != source:
         what = "other files, or with another resolution or VAE"
         raise ValueError(f"{path} was made from {what}: choose another OUT")
-    return digest in (None, sha256(path))
+    return not entry or entry["sha256"] == sha256(path)
 
 
 def write_shards(root, files, about, todo, vae, world):
@@ -461,7 +467,7 @@ def write_index(folder, shards, about):
     counts = torch.cat(labels).bincount(minlength=len(about["classes"])).tolist()
     index = about | {"counts": counts, "left_out": left_out, "shards": entries}
     with atomic_write(folder / "index.json") as temporary:
-        temporary.write_text(json.dumps(index, indent=1))
+        temporary.write_text(json.dumps(index | {"checksum": checksum(index)}, indent=1))
     done = f"{sum(counts):,} images of {len(counts):,} classes as {about['kind']}"
     print(f"{folder}: {done} in {len(shards):,} shards; {len(left_out)} files left out")
 
@@ -476,7 +482,7 @@ def sha256(path):
 
 @contextmanager
 def atomic_write(path):
-    """Give a temporary path to write to, which then becomes `path`.
+    """Yield a temporary path to write to, which then becomes `path`.
 
     Whenever the process is killed, `path` is either whole or as before. Raises OSError, with one
     line, if the disk is full.
@@ -494,7 +500,10 @@ def atomic_write(path):
 
 
 def save_tensors(path, tensors, metadata=None):
-    """Write tensors to a safetensors file. Of several metadata entries the order would vary."""
+    """Write tensors to a safetensors file, atomically.
+
+    safetensors varies the order of metadata entries: give one if the checksum must not vary.
+    """
     with atomic_write(path) as temporary:
         tensors = {name: p.detach().cpu().contiguous() for name, p in tensors.items()}
         save_file(tensors, temporary, metadata)
@@ -559,7 +568,7 @@ class World(NamedTuple):
 
 
 def barrier():
-    """Wait until all processes are here. None gets past the failure of another."""
+    """Wait for all processes. If one fails, the others do not get past this."""
     if dist.is_initialized():
         dist.barrier()
 
@@ -575,31 +584,42 @@ def pick_device(local_rank):
     return torch.device("cuda", local_rank)
 
 
+def count_failure(store, one):
+    """Add `one` to the number of processes that failed, and return it."""
+    try:
+        return store.add("failed", one)
+    except RuntimeError:  # the store has ended with the process that failed
+        return 2
+
+
 def launch(main):
     """Run main(argv, world) in this process, which torchrun may have started with others.
 
     A ValueError or OSError ends the script with one line on stderr. Of several processes the first
-    to fail prints it; the others end silently, whether they fail alike or lose their peer.
+    to fail prints it; the others end silently, whether they fail alike or lose their peer to it.
     Processes leave together, by os._exit: gloo's threads now and then abort a normal exit.
     """
     store, rank, size, status = None, 0, 1, 0
     try:
         if "WORLD_SIZE" in os.environ:
             store, rank, size = next(rendezvous("env://"))
+            # For control and statistics, not gradients; whoever is done first may wait for days.
             group = dict(store=store, rank=rank, world_size=size, timeout=timedelta(days=7))
-            dist.init_process_group("gloo", **group)  # for control and statistics
+            dist.init_process_group("gloo", **group)
         device = pick_device(int(os.environ.get("LOCAL_RANK", 0)))
         main(sys.argv[1:], World(rank, size, device))
         barrier()
     except Exception as error:
-        foreseen = isinstance(error, (ValueError, OSError, torch.OutOfMemoryError))
-        if not foreseen and not (store and store.add("failed", 0)):
+        if isinstance(error, torch.OutOfMemoryError):
+            error = ValueError("the GPU has too little memory: train.py can --accumulate 2 or more")
+        foreseen = isinstance(error, ValueError | OSError)
+        if not foreseen and not (store and count_failure(store, 0)):
             raise
         message = f"{Path(sys.argv[0]).name}: {error}"
         if not store:
             sys.exit(message)
-        if store.add("failed", 1) == 1:
-            print(message, file=sys.stderr)
+        if count_failure(store, 1) == 1:
+            tqdm.write(message, file=sys.stderr)
         status = 1
     if store:
         sys.stdout.flush()
@@ -629,9 +649,7 @@ def main(argv, world):
     args = arguments.parse_args(argv)
     if args.out.resolve().is_relative_to(args.images.resolve()):
         raise ValueError(f"{args.out} lies in {args.images}: choose another folder to write")
-    vae = None
-    if args.vae is not None:
-        vae = {name: p.to(world.device) for name, p in load_vae(args.vae).items()}
+    vae = None if args.vae is None else load_vae(args.vae, world.device)
     files, classes, first = list_images(args.images)
     if args.resolution is None:
         args.resolution = 256 if vae else min(read_image(first).size)
@@ -646,7 +664,7 @@ def main(argv, world):
         "vae": sha256(args.vae) if vae else None,
         "classes": classes,
     }
-    about["source"] = hashlib.sha256(json.dumps([about, files]).encode()).hexdigest()
+    about["source"] = checksum([about, files])
     convert(args, files, about, vae, world)
 
 
@@ -659,11 +677,11 @@ def convert(args, files, about, vae, world):
     shards = [args.out / f"shard-{k:05}.safetensors" for k in range(-(-len(files) // SHARD))]
     index = args.out / "index.json"
     known = read_index(index)["shards"] if index.exists() else {}
-    todo = {}
-    for k in range(world.rank, len(shards), world.size):
-        digest = known[shards[k].name]["sha256"] if known else None
-        if not is_complete(shards[k], about["source"], digest):
-            todo[k] = shards[k]
+    todo = {
+        k: path
+        for k, path in list(enumerate(shards))[world.rank :: world.size]
+        if not is_complete(path, about["source"], known.get(path.name))
+    }
     write_shards(args.images, files, about, todo, vae, world)
     barrier()
     if world.rank == 0:

@@ -14,8 +14,8 @@ et al.: Rethinking the Inception Architecture for Computer Vision, arXiv 1512.00
 that TensorFlow published on 2015-12-05. Salimans et al.: Improved Techniques for Training GANs,
 arXiv 1606.03498, the score.
 
-This file needs no other to compute features from the published weights, statistics, distance and
-score. To read images and for the command line it takes helpers from data.py.
+All that takes tensors, and loading the published weights, needs this file alone. To read other
+weights, images and references, and for the command line, it takes helpers from data.py.
 """
 
 import hashlib
@@ -105,7 +105,7 @@ ARCHITECTURE = {
         "max/2",
     ),
     "Mixed_7b": mixed_7("average"),
-    "Mixed_7c": mixed_7("max"),  # a max pool, in these weights' graph alone
+    "Mixed_7c": mixed_7("max"),  # only in the graph of 2015-12-05, not in torchvision's
 }
 BATCH_NORM = ("weight", "bias", "running_mean", "running_var")
 
@@ -119,10 +119,9 @@ def parse(block, branch):
     for step in branch.split():
         convs = []
         for name, *numbers, stride in re.findall(r"(\w*)=(\d+):(\d)x(\d)/?(\d?)", step):
-            outputs, height, width = map(int, numbers)
-            padding = (0, 0) if stride else (height // 2, width // 2)
-            name = f"{block}.{name}".rstrip(".")
-            convs.append((name, outputs, (height, width), int(stride or 1), padding))
+            outputs, *kernel = map(int, numbers)
+            name, padding = f"{block}.{name}".rstrip("."), 0 if stride else "same"
+            convs.append((name, outputs, kernel, int(stride or 1), padding))
         steps.append(convs or step)
     return steps
 
@@ -196,18 +195,13 @@ def resize(images):
     Positions are float32, as TensorFlow's: other rounding shows in the fifth digit.
     """
 
-    def places(size):
-        at = torch.arange(299, dtype=torch.float32, device=images.device) * (size / 299)
+    x = images.float()
+    for size in (x.shape[3], x.shape[2]):  # columns, then rows
+        at = torch.arange(299, dtype=torch.float32, device=x.device) * (size / 299)
         low = at.long()
-        return low, (low + 1).clamp(max=size - 1), at - low
-
-    def blend(x, axis, low, high, share):
-        x_low = x.index_select(axis, low)
-        return x_low + (x.index_select(axis, high) - x_low) * share
-
-    upper, lower, down = places(images.shape[2])
-    x = blend(images.float(), 3, *places(images.shape[3]))
-    return (blend(x, 2, upper, lower, down[:, None]) - 128) / 128
+        left, right = (x.index_select(3, i) for i in (low, (low + 1).clamp(max=size - 1)))
+        x = (left + (right - left) * (at - low)).mT
+    return (x - 128) / 128
 
 
 def network(params, x):
@@ -264,8 +258,9 @@ def inception_score(logits, splits=10, *, shuffle=True):
     """Return mean and deviation over `splits` parts of exp(mean KL(p(y|x) || p(y))).
 
     In float64, as torch-fidelity computes it, in the order of np.random.RandomState(2020), a stream
-    that NumPy has frozen: images sorted by class would score too low. shuffle=False with splits =
-    N / 5000 gives the mean of ADM's evaluator. Raises ValueError for fewer images than splits.
+    that NumPy has frozen: of images sorted by class, a split would hold few classes and score too
+    low. shuffle=False with splits = N / 5000 gives the mean of ADM's evaluator. Raises ValueError
+    for fewer images than splits.
     """
     count, scores = len(logits), []
     if not 1 <= splits <= count:
@@ -390,7 +385,7 @@ def readable(path):
     """Turn any error of decoding an .npz file into a one-line ValueError."""
     try:
         yield
-    except Exception as error:  # of many types
+    except Exception as error:  # zipfile, zlib and NumPy raise many types
         why, hint = " ".join(str(error).split()), f"give images or an .npz, such as {REFERENCE}"
         raise ValueError(f"{path} cannot be read ({why}): {hint}") from None
 
@@ -406,13 +401,12 @@ def load_statistics(path):
             return None
         arrays = file[f"{prefix}mu"], file[f"{prefix}sigma"]
         mu, sigma = (torch.from_numpy(a.astype(np.float64, casting="safe")) for a in arrays)
-    if mu.ndim != 1 or not len(mu) or sigma.shape != (len(mu), len(mu)):
+    if not mu.numel() or sigma.shape != (*mu.shape, *mu.shape) or mu.ndim > 1:
         found = f"{tuple(mu.shape)} and {tuple(sigma.shape)}"
         raise ValueError(f"{path}: mu and sigma are {found}, they should be (d,) and (d, d)")
-    if not (mu.isfinite().all() and sigma.isfinite().all()):
-        raise ValueError(f"{path} has values that are not finite: fetch it again, or make it anew")
-    if (sigma - sigma.T).abs().max() > 1e-6 * sigma.abs().max() or sigma.diagonal().min() < 0:
-        raise ValueError(f"{path}: sigma is no covariance: fetch it again, or make it anew")
+    symmetric = (sigma - sigma.T).abs().max() <= 1e-6 * sigma.abs().max()  # false for NaN, inf
+    if not (symmetric and mu.isfinite().all() and sigma.diagonal().min() >= 0):
+        raise ValueError(f"{path}: no finite mean and covariance: fetch it again, or make it anew")
     return mu, (sigma + sigma.T) / 2
 
 
@@ -423,9 +417,9 @@ def npz_images(path):
     """
     with readable(path):
         file = zipfile.ZipFile(path).open("arr_0.npy")
-        version, _ = np.lib.format.read_magic(file)
-        header = getattr(np.lib.format, f"read_array_header_{min(version, 2)}_0")
-        (count, *shape), fortran, dtype = header(file)
+        if np.lib.format.read_magic(file) != (1, 0):
+            raise ValueError("not the format of plain arrays")
+        (count, *shape), fortran, dtype = np.lib.format.read_array_header_1_0(file)
     if dtype != np.uint8 or len(shape) != 3 or shape[2] != 3 or fortran:
         raise ValueError(f"{path}: arr_0 is {dtype} {(count, *shape)}: give uint8 (N, H, W, 3)")
 
@@ -441,17 +435,8 @@ def npz_images(path):
     return count, images()
 
 
-def image_files(folder):
-    """Return the paths of the images in a folder and in those below it, sorted."""
-    from PIL import Image
-
-    walk, suffixes = os.walk(folder, followlinks=True), Image.registered_extensions()
-    paths = sorted(Path(parent, name) for parent, _, names in walk for name in names)
-    return [path for path in paths if path.suffix.lower() in suffixes]
-
-
 def load_images(path, count=None, rank=0, world=1):
-    """Return how many images `path` has, at most `count`, and an iterator of those rank::world.
+    """Return an iterator over the images rank::world of the first `count`, or of all.
 
     path: a folder of images, an .npz, what data.py wrote as pixels, or "digits". Images are
     (C, H, W) uint8. Raises ValueError if there are fewer than `count`, or than two.
@@ -459,28 +444,28 @@ def load_images(path, count=None, rank=0, world=1):
     import data
 
     files = None
-    if path == "digits" or os.path.exists(Path(path, "index.json")):
-        dataset = data.digits() if path == "digits" else data.load_data(path, rank, world)
+    if path == "digits" or any(Path(path).glob("shard-*.safetensors")):
+        dataset = data.load_data(path, rank, world)
         if dataset.kind != "pixels":
             raise ValueError(f"{path} holds latents: give images or their statistics")
-        total, images = len(dataset.labels), (x for shard in dataset.shards for x in shard)
+        total, images = len(dataset.labels), iter(dataset.items)
         if path == "digits":
             images = (((x + 1) * 127.5).round().byte() for x in images)
     elif os.path.isdir(path):
-        files = image_files(path)
+        suffixes = data.Image.registered_extensions()
+        files = [file for file in data.files_below(path) if file.suffix.lower() in suffixes]
         total = len(files)
     else:
         total, images = npz_images(path)
     if total < (count or 2):
-        raise ValueError(f"{path} has {total} images, not {count or 2}: give more or lower --count")
-    mine = range(rank, count or total, world)
+        raise ValueError(f"{path} has {total} images, at least {count or 2} are needed")
     if files is None:
-        return mine.stop, islice(images, mine.start, mine.stop, mine.step)
+        return islice(images, rank, count, world)
 
-    def read(i):
-        return torch.from_numpy(np.array(data.read_image(files[i]))).permute(2, 0, 1)
+    def read(file):
+        return torch.from_numpy(np.array(data.read_image(file))).permute(2, 0, 1)
 
-    return mine.stop, data.prefetch(read, mine, depth=256, threads=os.cpu_count())
+    return data.prefetch(read, files[rank:count:world], depth=256, threads=os.cpu_count())
 
 
 # --- the evaluation ---
@@ -527,7 +512,7 @@ def collect(batches, features, keep_logits=True):
 
 def measure(path, features, world, count=None, keep_logits=True):
     """`collect` for the images of a folder or an .npz."""
-    _, images = load_images(path, count, world.rank, world.size)
+    images = load_images(path, count, world.rank, world.size)
 
     def batches():
         for i, (_, same) in enumerate(groupby(images, key=lambda image: image.shape)):
@@ -598,7 +583,7 @@ def main(argv, world):
 
     features, about = load_features(args.inception, world.device)
     if args.ref:
-        shape = tuple(next(load_images(args.images, args.count)[1]).shape)
+        shape = tuple(next(load_images(args.images, args.count)).shape)
         mu, sigma, about["reference"] = load_reference(args.ref, features, shape, world)
     state, logits = measure(args.images, features, world, args.count, keep_logits=bool(args.ref))
     if args.save_stats and world.rank == 0:

@@ -17,7 +17,8 @@ partial(dit, params).
     y      class labels; `null` is the label for "no class"             (B,) int64
 
 `loss` is the algorithm as the paper writes it. `fast_loss` computes the same number at about half
-the cost. Nothing here holds state, and only `draw` is random, through the generator it is given.
+the cost. Nothing here holds state; `draw` alone is random, through the generator it is given (the
+toy uses torch's default one).
 """
 
 from functools import partial
@@ -84,7 +85,7 @@ def guide(net, z, t, v, y, *, null, omega, kappa, interval=(0, 1), v_class=None)
     z, v: (B, ...); t: (B,); y: (B,) int64. v_class: u(z, t, t | y), (B, ...), if already known.
     Returns (B, ...), without gradient.
     """
-    if omega == 1 and kappa == 0:
+    if omega == 1 and kappa == 0:  # no guidance
         return v.detach()
     v_g = omega * v + (1 - omega - kappa) * net(z, t, t, torch.full_like(y, null))
     if kappa:
@@ -106,7 +107,7 @@ def derivative(net, z, t, r, v, y, *, jvp=torch.func.jvp):
 
 
 def identity(v, t, r, dudt):
-    """Return v - (t - r) du/dt, the right-hand side of the MeanFlow identity (Eq. 6), (B, ...)."""
+    """Return v - (t - r) du/dt, the right-hand side of the MeanFlow identity (Eq. 6, 10)."""
     return v - append_dims(t - r, v) * dudt
 
 
@@ -148,6 +149,11 @@ def loss(net, x, y, draws, *, null, omega=1, kappa=0, interval=(0, 1), p=1, c=0.
     return adaptive_loss(net(z, t, r, y), u_tgt, p, c)  # Eq. 9
 
 
+def count_equal(t, r):
+    """Return how many of the first rows have r = t. The host waits for the tensors."""
+    return [*(t == r).tolist(), False].index(False)
+
+
 def fast_loss(
     net, x, y, draws, *, null, omega=1, kappa=0, interval=(0, 1), p=1, c=0.01, dual=None, equal=None
 ):
@@ -165,7 +171,7 @@ def fast_loss(
     e, t, r, drop = draws
     y = torch.where(drop, null, y)
     z, v = interpolate(x, e, t)
-    n = [*(t == r).tolist(), False].index(False) if equal is None else equal
+    n = count_equal(t, r) if equal is None else equal
     guided = partial(guide, net, null=null, omega=omega, kappa=kappa, interval=interval)
     v_differ = guided(z[n:], t[n:], v[n:], y[n:])
     if dual is None:
@@ -185,18 +191,16 @@ def sample(net, e, y, steps=1):
     themselves, such as (1, 0.5, 0). Times may start below 1 if e is a point of the flow there.
     Each step evaluates net once. Returns (B, ...). Raises ValueError for other steps.
     """
+    times = steps
     if isinstance(steps, int):
-        times = [1 - i / max(steps, 1) for i in range(steps + 1)]
-    else:
-        times = list(steps)
+        times = [i / max(steps, 1) for i in range(steps, -1, -1)]
     decreasing = all(t > r for t, r in pairwise(times))
     if len(times) < 2 or not decreasing or times[0] > 1 or times[-1] < 0:
         raise ValueError(
             f"steps = {steps}: give a whole number >= 1, or at least two decreasing times in [0, 1]"
         )
     z = e
-    for t, r in pairwise(e.new_tensor(times)):
-        t, r = t.expand(len(e)), r.expand(len(e))
+    for t, r in pairwise(e.new_tensor(times).expand(len(e), -1).unbind(1)):
         z = z - append_dims(t - r, z) * net(z, t, r, y)
     return z
 
@@ -218,8 +222,7 @@ def toy_velocity(z, t, r, y):
 def toy(iterations=2000, batch=512, seed=0):
     """Train a small MLP to carry a Gaussian to four Gaussians, and print how far its samples land
     from where the exact flow takes the same noise, beside Euler steps along the exact velocity."""
-    torch.manual_seed(seed)  # for the initial weights
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.manual_seed(seed)  # torch's default, which the initial weights use too
     widths = (4, 128, 128, 128, 2)
     layers = [f for a, b in pairwise(widths) for f in (torch.nn.Linear(a, b), torch.nn.SiLU())]
     mlp = torch.nn.Sequential(*layers[:-1])
@@ -231,8 +234,8 @@ def toy(iterations=2000, batch=512, seed=0):
     adam = torch.optim.Adam(mlp.parameters(), lr=2e-3)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(adam, iterations)
     for _ in range(iterations):
-        x = CENTRES[torch.randint(4, (batch,), generator=generator)]
-        x = x + WIDTH * torch.randn(x.shape, generator=generator)
+        x = CENTRES[torch.randint(4, (batch,))]
+        x = x + WIDTH * torch.randn(x.shape)
         draws = draw(x.shape, generator=generator, share=0.5)
         # p = 0: adaptive weights suit rows of similar error, and two dimensions vary too much
         rows, _ = loss(net, x, y, draws, null=1, p=0)
@@ -241,12 +244,12 @@ def toy(iterations=2000, batch=512, seed=0):
         adam.step()
         schedule.step()
 
-    e, y = torch.randn(2000, 2, generator=generator), torch.zeros(2000, dtype=torch.int64)
+    e, y = torch.randn(2000, 2), torch.zeros(2000, dtype=torch.int64)
     truth = sample(toy_velocity, e, y, 1000)
     print("root mean square distance from the exact flow's endpoint (the data have radius 1)")
     for steps in (1, 2, 4):
-        samples = sample(net, e, y, steps), sample(toy_velocity, e, y, steps)
-        ours, euler = ((x - truth).square().sum(1).mean().sqrt() for x in samples)
+        errors = (sample(f, e, y, steps) - truth for f in (net, toy_velocity))
+        ours, euler = (error.square().sum(1).mean().sqrt() for error in errors)
         print(f"{steps} step(s): MeanFlow {ours:.3f}, Euler on the exact velocity {euler:.3f}")
 
 

@@ -10,7 +10,6 @@ and classes are read off the tensors' shapes, so a file of weights needs no conf
 Shapes: B samples of C channels, N = H W / patch^2 tokens, D = width, m rows that have a tangent.
 """
 
-import math
 from typing import NamedTuple
 
 import torch
@@ -19,7 +18,7 @@ import torch.nn.functional as F
 EPS = 1e-6  # of LayerNorm
 SINUSOIDS = 256  # width of the time embedding: 128 cosines, 128 sines
 
-SIZES = {  # width, depth, patch (Table 4)
+SIZES = {  # width, depth, patch (Table 4); train.RECIPES says how each is trained
     "T/2": (64, 4, 2),  # not the paper's: for the 8x8 digits
     "B/4": (768, 12, 4),
     "B/2": (768, 12, 2),
@@ -64,7 +63,7 @@ def depth(params):
 
 
 def config(params):
-    """Return the Config of a parameter dict. Raise ValueError if it has none of a DiT."""
+    """Return the Config of a DiT's parameters. Raise ValueError if these are not a DiT's."""
     try:
         width, channels, patch, _ = params["x_embedder.proj.weight"].shape
         labels, _ = params["y_embedder.embedding_table.weight"].shape
@@ -92,8 +91,7 @@ def init(size="B/2", *, channels=4, classes=1000, generator):
         if "embedder.mlp" in name or "embedding_table" in name:
             p.normal_(0, 0.02, generator=generator)
         else:
-            bound = math.sqrt(6 / (shape[0] + math.prod(shape[1:])))
-            p.uniform_(-bound, bound, generator=generator)
+            torch.nn.init.xavier_uniform_(p.flatten(1), generator=generator)
     return params
 
 
@@ -111,8 +109,9 @@ def sinusoids(t):
     """
     half = SINUSOIDS // 2
     exponents = torch.arange(half, device=t.device, dtype=t.dtype) / half
-    frequencies = torch.exp(-math.log(10000) * exponents)
-    cos, sin = (t[:, None, None] * frequencies).cos(), (t[:, None, None] * frequencies).sin()
+    frequencies = 10000**-exponents
+    angles = t[:, None, None] * frequencies
+    cos, sin = angles.cos(), angles.sin()
     return torch.cat((cos, sin), -1), torch.cat((-sin * frequencies, cos * frequencies), -1)
 
 
@@ -154,9 +153,8 @@ def positions(width, rows, columns, like):
     """
     quarter = torch.arange(width // 4, device=like.device, dtype=like.dtype) / (width // 4)
     frequencies = 10000**-quarter
-    row = torch.arange(rows, device=like.device).repeat_interleave(columns)
-    column = torch.arange(columns, device=like.device).repeat(rows)
-    angles = [place[:, None] * frequencies for place in (column, row)]
+    n = torch.arange(rows * columns, device=like.device)[:, None]
+    angles = [place * frequencies for place in (n % columns, n // columns)]
     return torch.cat([f(angle) for angle in angles for f in (torch.sin, torch.cos)], 1)
 
 
@@ -184,7 +182,7 @@ def modulate(x, shift, scale):
 
 def split_heads(qkv):
     """Split (B, N, 3 D) into queries, keys and values, each (B, heads, N, D / heads)."""
-    heads = max(1, min(16, qkv.shape[-1] // 3 // 64))  # 64 wide, at most 16: as in every size above
+    heads = max(1, min(16, qkv.shape[-1] // 3 // 64))  # 64 wide, but at most 16: 72 in XL/2
     return qkv.unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4).unbind()
 
 
@@ -266,10 +264,10 @@ def embed_time_jvp(params, name, t, m):
 
 def norm_jvp(x, dx):
     """Remove from dx its mean and its part along the output, then divide by the deviation of x."""
-    y, x = norm(x), tail(x, dx)
-    n, centred = norm(x), x - x.mean(-1, keepdim=True)
+    y, _, rstd = torch.native_layer_norm(x, x.shape[-1:], None, None, EPS)
+    n = tail(y, dx)
     dn = dx - dx.mean(-1, keepdim=True) - n * (n * dx).mean(-1, keepdim=True)
-    return y, dn * (centred.square().mean(-1, keepdim=True) + EPS).rsqrt()
+    return y, dn * tail(rstd, dx)
 
 
 def modulate_jvp(x, dx, shift, dshift, scale, dscale):
@@ -339,11 +337,11 @@ def main():
 
     print("size  width  depth  patch  parameters  forward of a 4x32x32 latent, 2 x multiply-adds")
     for size, (width, depth, patch) in SIZES.items():
-        tensors = shapes(Config(width, depth, patch, 4, 1000))
-        params = {name: torch.empty(shape, device="meta") for name, shape in tensors.items()}
-        z, t = torch.empty(1, 4, 32, 32, device="meta"), torch.empty(1, device="meta")
-        with FlopCounterMode(display=False) as counter:
-            dit(params, z, t, t, t.long())
+        with torch.device("meta"), FlopCounterMode(display=False) as counter:
+            tensors = shapes(Config(width, depth, patch, 4, 1000))
+            params = {name: torch.empty(shape) for name, shape in tensors.items()}
+            t = torch.empty(1)
+            dit(params, torch.empty(1, 4, 32, 32), t, t, t.long())
         millions = sum(p.numel() for p in params.values()) / 1e6
         gigaflop = counter.get_total_flops() / 1e9
         print(f"{size:5}{width:6}{depth:7}{patch:7}{millions:10.1f} M{gigaflop:8.1f} GFLOP")

@@ -36,8 +36,8 @@ class ImageModel(NamedTuple):
 
 def checkpoints(folder, kind):
     """Return {step: path} of the files KIND-STEP.safetensors in a run's folder, newest last."""
-    paths = {p.stem.removeprefix(f"{kind}-"): p for p in Path(folder).glob(f"{kind}-*.safetensors")}
-    return dict(sorted((int(step), path) for step, path in paths.items() if step.isdecimal()))
+    paths = Path(folder).glob(f"{kind}-{'[0-9]' * 8}.safetensors")
+    return {int(path.stem[-8:]): path for path in sorted(paths)}
 
 
 def find_checkpoint(path):
@@ -50,37 +50,30 @@ def find_checkpoint(path):
     raise FileNotFoundError(f"{path} holds no ema-STEP.safetensors: {how}")
 
 
-def load(path):
-    """Return the parameters, {name: float32 tensor}, and metadata, {key: str}, of a checkpoint.
+def load(path, device="cpu"):
+    """Return the ImageModel of a checkpoint, in float32 and without a VAE.
 
     path: as for `find_checkpoint`. Raises FileNotFoundError or ValueError, with one line.
     """
     path, hint = find_checkpoint(path), "give a run's folder or weights that train.py wrote"
     params, metadata = data.read_tensors(path, hint)
     try:
-        expected = shapes(config(params))
+        architecture = config(params)
     except ValueError as error:
         raise ValueError(f"{path}: {error}: {hint}") from None
-    data.check_tensors(path, params, expected, hint)
-    return {name: p.to(torch.float32, copy=True) for name, p in params.items()}, metadata
-
-
-def sample_shape(path, params, metadata):
-    """Return what a checkpoint makes, "pixels" or "latents", and the shape of a sample."""
+    data.check_tensors(path, params, shapes(architecture), hint)
     kind, resolution = metadata.get("kind"), metadata.get("resolution", "")
-    _, _, patch, channels, _ = config(params)
     side = int(resolution) // (8 if kind == "latents" else 1) if resolution.isdecimal() else 0
-    if kind not in ("pixels", "latents") or not side or side % patch:
-        found = f"metadata has kind {kind!r} and resolution {resolution!r}"
-        raise ValueError(f"{path}: {found}: give weights that train.py wrote")
-    return kind, (channels, side, side)
+    if kind not in data.TENSOR or not side or side % architecture.patch:
+        raise ValueError(f"{path}: metadata has kind {kind}, resolution {resolution}: {hint}")
+    params = {name: p.to(device, torch.float32, copy=True) for name, p in params.items()}
+    return ImageModel(params, kind, (architecture.channels, side, side), None)
 
 
 def noise(seed, indices, shape):
     """Return standard normal noise, (len(indices), *shape): sample i is the same in any batch."""
-    return torch.stack(
-        [torch.randn(shape, generator=data.generator(seed, "samples", i)) for i in indices]
-    )
+    generators = (data.generator(seed, "samples", i) for i in indices)
+    return torch.stack([torch.randn(shape, generator=g) for g in generators])
 
 
 def generate(params, labels, shape, *, steps=1, seed=0, indices=None, batch=500):
@@ -101,12 +94,14 @@ def generate(params, labels, shape, *, steps=1, seed=0, indices=None, batch=500)
 def load_decoder(path, device):
     """Return the VAE's decoder, in bfloat16 on a GPU: less than 2 % off, and fast."""
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
-    vae = data.load_vae(path)
-    return {k: p.to(device, dtype) for k, p in vae.items() if not k.startswith("encoder.")}
+    return data.load_vae(path, device, dtype)
 
 
 def to_uint8(x, kind, vae=None):
-    """Return samples as images, (n, channels, H, W) uint8. Without a VAE, show three channels."""
+    """Return samples as images, (n, channels, H, W) uint8.
+
+    Without a VAE, the first three channels of latents are shown as colours.
+    """
     if kind == "latents":
         x = x[:, :3] / 3 if vae is None else data.decode(vae, x / data.SCALE)
     return ((x + 1) * 127.5).round().clamp(0, 255).byte()
@@ -118,28 +113,20 @@ def check_picture(path, channels):
         raise ValueError(f"images of {channels} channels cannot be shown: only 1 (grey) or 3 can")
     if Image.registered_extensions().get(Path(path).suffix.lower()) not in Image.SAVE:
         raise ValueError(f"{path} has an unsupported image suffix: name it .png")
-    if os.path.isdir(path):
-        raise ValueError(f"{path} is a folder: give the name of a picture")
 
 
 def save_grid(images, path, *, columns=10, gap=GAP, enlarged=32):
     """Write images, (n, 1 or 3, H, W) uint8, row by row into one picture; enlarge small ones."""
-    path, (n, channels, height, width), columns = (
-        Path(path),
-        images.shape,
-        min(columns, len(images)),
-    )
-    check_picture(path, channels)
-    zoom = max(1, enlarged // max(height, width))
-    x = images.cpu().repeat_interleave(zoom, 2).repeat_interleave(zoom, 3)
-    x = F.pad(x, (0, gap, 0, gap, 0, 0, 0, -n % columns), value=GREY)
-    x = x.unflatten(0, (-1, columns)).permute(0, 3, 1, 4, 2)  # row h col w c
-    x = F.pad(
-        x.flatten(2, 3).flatten(0, 1), (0, 0, gap, 0, gap, 0), value=GREY
-    )  # (row h) (col w) c
+    columns = min(columns, len(images))
+    zoom = max(1, enlarged // max(images.shape[2:]))
+    x = F.interpolate(images.cpu(), scale_factor=zoom)
+    x = F.pad(x, (0, gap, 0, gap, 0, 0, 0, -len(x) % columns), value=GREY)
+    x = x.unflatten(0, (-1, columns)).permute(2, 0, 3, 1, 4)  # c row h col w
+    x = F.pad(x.flatten(3).flatten(1, 2), (gap, 0, gap, 0), value=GREY)  # c (row h) (col w)
+    path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with data.atomic_write(path) as temporary:
-        Image.fromarray(x.squeeze(-1).numpy()).save(temporary)
+        Image.fromarray(x.permute(1, 2, 0).squeeze(-1).numpy()).save(temporary)
 
 
 # --- how good the samples are ---
@@ -158,10 +145,10 @@ def evaluate(model, scorer, labels, world, *, steps=1, seed=0, folder=None):
     """
 
     def batches():
-        for indices in torch.arange(world.rank, len(labels), world.size).split(100):
-            numbers = indices.tolist()
-            kw = dict(steps=steps, seed=seed, indices=numbers)
-            x = generate(model.params, labels[indices], model.shape, **kw)
+        mine = range(world.rank, len(labels), world.size)
+        for numbers in (mine[k : k + 100] for k in range(0, len(mine), 100)):
+            y = labels[list(numbers)]
+            x = generate(model.params, y, model.shape, steps=steps, seed=seed, indices=numbers)
             if not x.isfinite().all():
                 raise ValueError("samples have values that are not finite: give an earlier save")
             images = to_uint8(x, model.kind, model.vae)
@@ -181,9 +168,10 @@ def score(args, model, world):
         labels = torch.randint(classes, (args.count,), generator=g)
     shape = image_shape(model.kind, model.shape)
     scorer = fid.scorer(args.fid, args.inception, shape, world)
-    kw = dict(steps=args.steps, seed=args.seed, folder=args.images)
+    data.barrier()  # before one process writes to --images, which the others check
     decoder = model.vae and str(model.vae["post_quant_conv.bias"].dtype).removeprefix("torch.")
-    result = evaluate(model, scorer, labels, world, **kw) | {
+    options = dict(steps=args.steps, seed=args.seed, folder=args.images)
+    result = evaluate(model, scorer, labels, world, **options) | {
         "steps": args.steps,
         "seed": args.seed,
         "classes": "uniform" if args.uniform else "balanced",
@@ -227,26 +215,26 @@ def parse_arguments(argv):
     args = arguments.parse_args(argv)
     if args.images and os.path.exists(args.images) and os.listdir(args.images):
         raise ValueError(f"--images {args.images} already exists: give a new or an empty folder")
-    if args.count < 2:
-        raise ValueError(f"--count {args.count}: give a number above 1")
+    if not 1 < args.count < 2**29:
+        raise ValueError(f"--count {args.count}: give a number above 1 and below 2^29")
     return args
 
 
 def main(argv, world):
     args = parse_arguments(argv)
-    params, metadata = load(args.checkpoint)
-    kind, shape = sample_shape(args.checkpoint, params, metadata)
-    check_picture(args.out, 3 if kind == "latents" else shape[0])
-    classes = parse_classes(args.classes, config(params).classes)
-    if kind == "latents" and args.vae is None:
-        raise ValueError(f"{args.checkpoint} makes latents: give --vae, sd-vae-ft-mse's file")
-    params = {name: p.to(world.device) for name, p in params.items()}
-    vae = load_decoder(args.vae, world.device) if kind == "latents" else None
+    model = load(args.checkpoint, world.device)
+    check_picture(args.out, image_shape(model.kind, model.shape)[0])
+    classes = parse_classes(args.classes, config(model.params).classes)
+    if model.kind == "latents":
+        if args.vae is None:
+            raise ValueError(f"{args.checkpoint} makes latents: give --vae, sd-vae-ft-mse's file")
+        model = model._replace(vae=load_decoder(args.vae, world.device))
     if args.fid:
-        return score(args, ImageModel(params, kind, shape, vae), world)
-    x = generate(params, classes, shape, steps=args.steps, seed=args.seed)
-    save_grid(to_uint8(x, kind, vae), args.out)
-    print(args.out)
+        score(args, model, world)
+    elif world.rank == 0:
+        x = generate(model.params, classes, model.shape, steps=args.steps, seed=args.seed)
+        save_grid(to_uint8(x, model.kind, model.vae), args.out)
+        print(args.out)
 
 
 if __name__ == "__main__":

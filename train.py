@@ -11,8 +11,10 @@ makes it save and end. The run's folder holds
                               and every 50,000th step
     state-STEP.safetensors    weights and Adam's moments, to continue from: the last two saves
     grid-STEP.png             one-step samples of the averaged weights, always from the same noise
-    log.jsonl                 the run's arguments, then mean losses every 50 steps and, with --fid,
-                              scores at every save
+    log.jsonl                 the run's arguments, then mean losses every 50 steps and at saves and,
+                              with --fid, scores at saves
+
+A save on SIGTERM has neither grid nor scores.
 """
 
 import argparse
@@ -37,14 +39,13 @@ from tqdm import tqdm
 import data
 import fid
 import sample
-from meanflow import Draws, draw, fast_loss
+from meanflow import Draws, count_equal, draw, fast_loss
 from model import SIZES, block, block_jvp, config, dit, dit_jvp, init
 
 SHARE = 0.75  # of the rows have r = t
 LOG_EVERY = 50  # steps
 KEEP = 2  # saves, in case the last is damaged
 LASTING = 50_000  # steps between averaged weights that are kept for good
-MOMENTS = ("exp_avg", "exp_avg_sq")  # of Adam
 
 
 class Recipe(NamedTuple):
@@ -58,7 +59,7 @@ class Recipe(NamedTuple):
 
 
 EPOCHS_240 = 240 * 1281167 // 256  # of ImageNet, as in the paper
-RECIPES = {  # Table 4 and the authors' code
+RECIPES = {  # Table 4 and the authors' code, for each of model.SIZES
     "T/2": Recipe(1.0, 0.3, (0.0, 1.0), 3e-3, 64, 3000, 0.998),  # not the paper's: for the digits
     "B/4": Recipe(1.0, 0.5, (0.0, 1.0), 1e-4, 256, EPOCHS_240, 0.9999),
     "B/2": Recipe(1.0, 0.5, (0.0, 1.0), 1e-4, 256, EPOCHS_240, 0.9999),
@@ -109,8 +110,9 @@ def parallel(objective, world):
         return objective
     # Otherwise the compiler cuts graphs where DDP's buckets end, and loses no_grad at the cuts.
     torch._dynamo.config.optimize_ddp = False
-    nccl = {"backend": "nccl", "timeout": timedelta(hours=2)}  # others wait while the first saves
-    group = dist.new_group(**nccl) if world.device.type == "cuda" else None
+    group = None
+    if world.device.type == "cuda":  # others wait while the first saves
+        group = dist.new_group(backend="nccl", timeout=timedelta(hours=2))
     return DistributedDataParallel(objective, process_group=group)
 
 
@@ -121,18 +123,17 @@ def stream(dataset, batch, seed, start, world, parts=1):
     the whole batch, so any number of processes, on any device, trains the same run. A thread
     prepares the steps to come.
     """
-    rank, size, device = world
 
     def make(step):
+        rank, size = world.rank, world.size
         x, y = data.batch(dataset, batch, seed=seed, step=step, rank=rank, world=size)
         g = data.generator(seed, "draws", step)
         draws = draw((batch, *dataset.shape), generator=g, share=SHARE)
-        rows = [x, y, *(d[rank::size] for d in draws)]
-        made = []
+        rows, made = [x, y, *(d[rank::size] for d in draws)], []
         for k in range(parts):
-            x, y, e, t, r, drop = (a[k::parts] for a in rows)
-            equal = int((t == r).sum())
-            x, y, *draws = (a.to(device) for a in (x, y, e, t, r, drop))
+            part = [a[k::parts] for a in rows]
+            equal = count_equal(part[3], part[4])
+            x, y, *draws = (a.to(world.device) for a in part)
             made.append((x, y, Draws(*draws), equal))
         return made
 
@@ -149,11 +150,12 @@ def newest(folder):
 
 
 def state_tensors(state):
-    """Return the tensors that continuing needs beside the average, {name: tensor}."""
-    tensors = {f"weights.{name}": p for name, p in state.params.items()}
-    for moment in MOMENTS:
-        tensors |= {f"{moment}.{k}": state.adam.state[p][moment] for k, p in state.params.items()}
-    return tensors
+    """Return the tensors needed to continue, besides the averaged weights, {name: tensor}."""
+    return {
+        f"{kind}.{name}": tensor
+        for name, p in state.params.items()
+        for kind, tensor in {"weights": p, **state.adam.state[p]}.items()
+    }
 
 
 def save_checkpoint(folder, step, state, metadata):
@@ -176,8 +178,6 @@ def restore(folder, step, state):
         data.check_tensors(path, saved, {k: tuple(p.shape) for k, p in tensors.items()}, hint)
         for name, p in tensors.items():
             p.detach().copy_(saved[name])
-    for moments in state.adam.state.values():
-        moments["step"].fill_(step)
 
 
 def read_log(folder, step, run):
@@ -202,7 +202,7 @@ def read_log(folder, step, run):
 
 
 def open_log(folder, lines):
-    """Return log.jsonl, rewritten with these lines and open to append, in a locked folder."""
+    """Return log.jsonl, rewritten with these lines and open to append. Lock its folder."""
     lock = data.lock_folder(folder)
     with data.atomic_write(folder / "log.jsonl") as temporary:
         temporary.write_text("".join(f"{line}\n" for line in lines))
@@ -237,8 +237,9 @@ def log_means(log, folder, history):
     if len(bad):
         bad = bad[bad[:, 0] == bad[:, 0].min()]
         times = ", ".join(f"({t:.4f}, {r:.4f})" for _, t, r, _, _ in bad[:8].tolist())
-        where = f"step {bad[0, 0]:.0f} in {len(bad)} rows, of (t, r) = {times}"
-        raise ValueError(f"the loss is not finite at {where}, ...; {last_good(folder)}")
+        times += ", ..." * (len(bad) > 8)
+        where = f"step {bad[0, 0]:.0f} in {len(bad)} rows, with (t, r) = {times}"
+        raise ValueError(f"the loss is not finite at {where}; {last_good(folder)}")
 
     def mean(values):
         return values.mean().item() if len(values) else None
@@ -277,10 +278,10 @@ def log_scores(log, step, model, scorer, count, world):
 
 def report(params, dataset):
     """Print how good 1,000 samples of 1, 2 and 4 steps are, and the same of the real images."""
-    reals, labels = torch.cat(dataset.shards).flatten(1), dataset.labels
+    reals, labels = dataset.items.flatten(1), dataset.labels
 
-    def line(name, nearest, classes, a, b):
-        index, gaps = nearest
+    def line(name, x, classes, a, b, **options):
+        index, gaps = fid.nearest(x, reals, **options)
         right = (labels[index] == classes).double().mean()
         a, b = (fid.statistics(fid.accumulate(None, x)) for x in (a, b))
         distance = fid.frechet_distance(*a, *b)
@@ -293,9 +294,8 @@ def report(params, dataset):
         classes = torch.arange(1000) % len(dataset.classes)
         x = sample.generate(params, classes, dataset.shape, steps=steps).clamp(-1, 1)
         x = x.flatten(1).cpu()
-        line(f"{steps} step(s)", fid.nearest(x, reals), classes, x, reals)
-    others = fid.nearest(reals, reals, exclude_self=True)
-    line("real images", others, labels, reals[::2], reals[1::2])
+        line(f"{steps} step(s)", x, classes, x, reals)
+    line("real images", reals, labels, reals[::2], reals[1::2], exclude_self=True)
 
 
 def finish(folder, step, model, dataset, stopped):
@@ -305,7 +305,7 @@ def finish(folder, step, model, dataset, stopped):
         return
     if dataset.name == "digits":
         report(model.params, dataset)
-    print(folder / f"grid-{step:08}.png")
+    print(max(folder.glob("grid-*.png")))
 
 
 # --- setting up ---
@@ -366,8 +366,7 @@ def find_start(args, world):
 
 def load_dataset(args, world):
     """Return what --data names. Raise ValueError if it does not suit --size."""
-    embedded = args.data == "digits"
-    dataset = data.digits() if embedded else data.load_data(args.data, world.rank, world.size)
+    dataset = data.load_data(args.data, world.rank, world.size)
     *_, patch = SIZES[args.size]
     if any(side % patch for side in dataset.shape[1:]):
         found = f"{args.data} holds {dataset.shape}, not divisible by patches of {patch}"
@@ -387,13 +386,12 @@ def load_external(path):
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):  # in DiT's and SiT's files
             found = torch.load(path, map_location="cpu", weights_only=True)
+        for key in ("ema", "model"):
+            found = found[key] if isinstance(found.get(key), dict) else found
+        return {name: p for name, p in found.items() if torch.is_tensor(p)}, {}
     except Exception as error:  # of many types, some with pages of text
         why = f"cannot be read as tensors without code ({type(error).__name__})"
         raise ValueError(f"{path} {why}: {hint}") from None
-    found = found if isinstance(found, dict) else {}
-    choices = found.get("ema"), found.get("model"), found
-    weights = next(choice for choice in choices if isinstance(choice, dict))
-    return {name: p for name, p in weights.items() if torch.is_tensor(p)}, {}
 
 
 def warm_start(params, path, classes):
@@ -406,13 +404,13 @@ def warm_start(params, path, classes):
     0 ... 999 and its output is noise. Also returns a line that says what was taken.
     """
     tensors, metadata = load_external(path)
-    if "classes" in metadata and json.loads(metadata["classes"]) != classes:
+    if "run" in metadata and json.loads(metadata.get("classes", "null")) not in (None, classes):
         raise ValueError(f"{path} has other classes than --data, or in another order")
-    channels = params["x_embedder.proj.weight"].shape[1]
+    channels = config(params).channels
     for name in ("final_layer.linear.weight", "final_layer.linear.bias"):
-        if name in tensors and len(tensors[name]) == 2 * len(params[name]):
-            outputs = tensors[name].unflatten(0, (-1, 2 * channels))  # (p q) (2 c) ...
-            tensors[name] = outputs[:, :channels].flatten(0, 1)
+        if name in tensors and tensors[name].shape[:1] == (2 * len(params[name]),):
+            parts = tensors[name].split(channels)  # p q 2 (c ...)
+            tensors[name] = torch.cat(parts[::2])
     created = {k: p for k, p in params.items() if k.startswith("h_embedder") and k not in tensors}
     created |= {k: torch.zeros_like(p) for k, p in created.items() if ".mlp.2." in k}
     taken = {name: p for name, p in tensors.items() if name in params}
@@ -438,7 +436,7 @@ def begin(args, dataset, start, world):
     # As in the paper (Table 4): a constant step size, no weight decay, no clipping.
     adam = torch.optim.Adam(params.values(), args.recipe.lr, betas=(0.9, 0.95), fused=True)
     for p in params.values():
-        moments = {moment: torch.zeros_like(p) for moment in MOMENTS}
+        moments = {moment: torch.zeros_like(p) for moment in ("exp_avg", "exp_avg_sq")}
         adam.state[p] = {"step": torch.zeros((), device=p.device), **moments}
     state = State(params, ema, adam)
     if start:
@@ -453,6 +451,7 @@ def open_run(args, dataset, start, world):
     of themselves; only the first process has the log. Writes nothing before all are ready.
     """
     kind, shape = dataset.kind, dataset.shape
+    images = sample.image_shape(kind, shape)
     run = {
         "size": args.size,
         "data": dataset.name,
@@ -467,14 +466,14 @@ def open_run(args, dataset, start, world):
     metadata = {
         "model": f"MeanFlow (arXiv 2505.13447), averaged weights of a DiT-{args.size}",
         "kind": kind,
-        "resolution": str(shape[-1] * (8 if kind == "latents" else 1)),
+        "resolution": str(images[-1]),
         "classes": json.dumps(dataset.classes),
         "run": lines[0],
     }
     vae = None if args.vae is None else sample.load_decoder(args.vae, world.device)
     if args.fid and kind == "latents" and not vae:
         raise ValueError("--fid needs --vae, sd-vae-ft-mse's file, to decode latents")
-    images = sample.image_shape(kind, shape)
+
     scorer = fid.scorer(args.fid, args.inception, images, world) if args.fid else None
     state = begin(args, dataset, start, world)
     model = sample.ImageModel(state.ema, kind, shape, vae)
@@ -487,7 +486,7 @@ def open_run(args, dataset, start, world):
 
 
 def any_process(flag):
-    """Say whether it is true in any process, on the host, so that no device is waited for."""
+    """Return whether `flag` is set in any process. Uses gloo, so it does not wait for a GPU."""
     flag = torch.tensor(int(flag))
     if dist.is_initialized():
         dist.all_reduce(flag, dist.ReduceOp.MAX)

@@ -1,5 +1,5 @@
-"""What the parts of an evaluation cost: XL/2's one step, the VAE at 256 x 256, Inception, all with random weights, and the
-Fréchet distance at 2048 dimensions beside scipy's square root.
+"""The cost of each part of an evaluation: one step of XL/2, the VAE at 256 x 256, Inception, with
+random weights, and the Fréchet distance at 2048 dimensions beside scipy's matrix square root.
 
     python benchmarks/evaluation.py [--threads 2] [--seconds 20]
 """
@@ -33,7 +33,7 @@ def random_tensors(shapes):
 
 
 def rate(run, count, seconds, device):
-    """Items/s of run(), which makes `count` of them: the median of as many runs as fit, at least three."""
+    """Return the median items/s of run(), which makes `count`, over at least three runs."""
     run()
     rates, end = [], time.perf_counter() + seconds
     while len(rates) < 3 or time.perf_counter() < end:
@@ -83,8 +83,10 @@ def parts(device, batch):
 
 
 def distance(count=3000):
-    """Seconds of the distance between two sets of `count` items, as fid.py has it and by scipy's sqrtm, and how far apart
-    the two results are."""
+    """Return the seconds that fid.py and scipy's sqrtm take for a distance, and how they differ.
+
+    The distance is between two sets of `count` items.
+    """
     g = torch.Generator().manual_seed(0)
     x = [
         torch.randn(count, 2048, generator=g, dtype=torch.float64)
@@ -124,8 +126,8 @@ def main(argv=None):
     for count in (3000, 1500):
         ours, theirs, apart = distance(count)
         print(
-            f"\nFréchet distance, 2048 dimensions, {count} items: {ours:.1f} s, by scipy's sqrtm {theirs:.1f} s, {apart:.0e} "
-            "apart"
+            f"\nFréchet distance, 2048 dimensions, {count} items: {ours:.1f} s, "
+            f"by scipy's sqrtm {theirs:.1f} s, {apart:.0e} apart"
         )
 
 

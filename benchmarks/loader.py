@@ -61,7 +61,8 @@ def measure(folder, batch=256):
     dataset = data.load_data(folder)
     print(
         f"{len(dataset.labels):,} {dataset.kind} of {dataset.shape}, opened and checked in "
-        f"{time.perf_counter() - began:.1f} s; torch {torch.__version__}; items/s at batch {batch}, one thread:"
+        f"{time.perf_counter() - began:.1f} s; torch {torch.__version__}; "
+        f"items/s at batch {batch}, one thread:"
     )
     batches = train.stream(dataset, batch, 0, 0, data.World(0, 1, torch.device("cpu")))
     for name, step in {

@@ -39,7 +39,7 @@ def flow_matching(params, x, y, draws, *, null, p, c, **guidance):
 
 
 def jvp_with_graph(params, x, y, draws, *, null, p, c, net=model.dit, **guidance):
-    """As in the authors' JAX code: one jvp of the whole batch gives u, with its graph, and du/dt."""
+    """As in the authors' JAX code, one jvp of the whole batch gives u with its graph and du/dt."""
     e, t, r, drop = draws
     net, y = partial(net, params), torch.where(drop, null, y)
     z, v = meanflow.interpolate(x, e, t)

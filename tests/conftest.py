@@ -1,6 +1,10 @@
 import numpy as np
+import torch
 from hypothesis import Phase, settings
 from PIL import Image
+
+# Most tensors here are small: threads would spend more time waiting than computing.
+torch.set_num_threads(1)
 
 # No shrinking: most examples are seeds, and no seed is simpler than another.
 settings.register_profile(
@@ -16,8 +20,10 @@ settings.load_profile("default")
 
 
 def paint(folder, classes, each, side=None):
-    """A folder of JPEGs of smooth random pictures of many sizes, `each` for each of `classes` folders, one of them grey
-    and some a folder further down."""
+    """Write `each` JPEGs of smooth random pictures to each of `classes` folders.
+
+    Their sizes vary unless `side` is given, one is grey, and some lie in a subfolder.
+    """
     for c in range(classes):
         for k in range(each):
             random = np.random.default_rng(1000 * c + k)

@@ -1,11 +1,12 @@
-"""data.py: the digits, shards of image folders, and batches that depend on (seed, step) alone."""
+"""data.py: the digits, shards of image folders, and batches that depend only on (seed, step)."""
 
+import io
 import json
 import shutil
-import signal
-import subprocess
-import sys
+import time
+from contextlib import redirect_stdout
 from itertools import count
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -14,17 +15,19 @@ from conftest import paint
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
+from processes import LAUNCH, ROOT, fails, finish, fork, start
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from test_train import ENVIRONMENT, ROOT, fails
+from torch.utils.data import ConcatDataset
 
 import data
 
 seeds = st.integers(0, 2**20)
+slow = pytest.mark.slow  # starts processes
 
 
 def test_the_digits_are_all_there():
-    _, kind, classes, shape, labels, (images,) = data.digits()
+    _, kind, classes, shape, labels, images = data.digits()
     assert images.shape == (1797, *shape) == (1797, 1, 8, 8) and images.dtype == torch.float32
     assert images.min() == -1 and images.max() == 1 and len(images.unique()) == 17
     assert kind == "pixels" and classes == list("0123456789") and labels.dtype == torch.int64
@@ -62,10 +65,12 @@ def test_epochs_and_seeds_differ_in_order():
 
 
 def numbered(kind, sizes=(3, 0, 5, 2)):
-    """Data whose item k is made of the number k, its label too, in shards of these sizes. Items are 2 wide: the mirror
-    image of (k, k + 1/2) is (k + 1/2, k)."""
+    """Return data whose item k and its label encode the number k, in shards of these sizes.
+
+    Pixel items are 2 wide: (2k, 2k + 1), and mirrored (2k + 1, 2k).
+    """
     numbers = torch.arange(float(sum(sizes)))
-    if kind == "latents":  # of item k mean k, mirrored -k, and the standard deviation k + 1
+    if kind == "latents":  # item k has mean k (mirrored: -k) and standard deviation k + 1
         items = torch.stack([torch.stack((m, numbers + 1), 1) for m in (numbers, -numbers)], 1)[
             ..., None, None, None
         ]
@@ -80,7 +85,7 @@ def numbered(kind, sizes=(3, 0, 5, 2)):
         ["x"] * len(items),
         tuple(items.shape[-3:]),
         numbers.long(),
-        list(items.split(sizes)),
+        ConcatDataset(items.split(sizes)),
     )
 
 
@@ -127,7 +132,7 @@ def test_a_latent_is_a_fresh_sample_of_its_posterior_or_of_its_mirror_images():
 
 
 def test_digits_are_not_mirrored():
-    images = data.digits().shards[0]
+    images = data.digits().items
     x, _ = data.batch(data.digits(), 1797, seed=0, step=0)
     assert torch.equal(x.flatten(1).unique(dim=0), images.flatten(1).unique(dim=0))
 
@@ -160,7 +165,7 @@ def test_ahead_makes_in_order_a_few_ahead_and_hands_on_what_goes_wrong():
 
 
 def test_centre_crop():
-    """What needs no interpolation is cut from the middle; what is a power of two too large is averaged."""
+    """Without scaling the centre is cut out; scaling down by a power of two averages."""
     pixels = np.random.default_rng(0).integers(0, 256, (32, 50, 3), dtype=np.uint8)
     crop = data.centre_crop(Image.fromarray(pixels), 32)
     assert crop.dtype == torch.uint8 and torch.equal(
@@ -173,7 +178,7 @@ def test_centre_crop():
     assert (crop - torch.from_numpy(means)).abs().max() <= 2  # Pillow rounds each time
     ramp = np.repeat(np.arange(48, dtype=np.uint8)[None, :, None] * 5, 48, 0).repeat(
         3, 2
-    )  # linear: kept, if centred
+    )  # a linear ramp survives centred resampling
     crop = data.centre_crop(Image.fromarray(ramp), 20)[
         0, 0
     ].double()  # 48 to 24 by averaging, to 20 by cubic
@@ -183,7 +188,7 @@ def test_centre_crop():
 
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory):
-    """A folder of JPEGs, 3 classes of 9, in which three files are no images."""
+    """A folder of JPEGs, 3 classes of 9, in which three files are not images."""
     folder = tmp_path_factory.mktemp("pictures") / "train"
     paint(folder, 3, 9)
     (folder / "class1" / "notes.txt").write_text("not an image")
@@ -196,31 +201,22 @@ def pictures(tmp_path_factory):
 LEFT_OUT = ["class0/4.jpg", "class1/notes.txt", "class2/0.jpg"]
 
 
-def convert(pictures, out, *flags, shard=4, prefix=()):
-    """data.py with small shards, as a process of its own."""
-    script = f"import sys, data; data.SHARD = {shard}; data.launch(data.main)"
-    words = ["-c", script] if not prefix else [*prefix, str(out.parent / "script.py")]
-    if prefix:
-        (out.parent / "script.py").write_text(
-            f"import sys; sys.path.insert(0, {str(ROOT)!r}); {script}"
-        )
-    return subprocess.Popen(
-        [sys.executable, *words, str(pictures), str(out), *flags],
-        cwd=ROOT,
-        env=ENVIRONMENT,
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-    )
+def convert(pictures, out):
+    """Make small shards in this process, and return what is printed."""
+    with mock.patch.object(data, "SHARD", 4), redirect_stdout(io.StringIO()) as printed:
+        data.main([str(pictures), str(out), "--resolution", "16"], data.World())
+    return printed.getvalue()
+
+
+def start_converting(pictures, out):
+    """Make small shards in another process."""
+    return fork("data.py", pictures, out, "--resolution", "16", changes={"data.SHARD": 4})
 
 
 @pytest.fixture(scope="module")
 def shards(pictures, tmp_path_factory):
     out = tmp_path_factory.mktemp("shards") / "data"
-    process = convert(pictures, out, "--resolution", "16")
-    printed, errors = process.communicate(timeout=120)
-    assert process.returncode == 0, errors
-    return out, printed
+    return out, convert(pictures, out)
 
 
 def test_a_folder_of_images_becomes_shards(pictures, shards):
@@ -247,7 +243,7 @@ def test_a_folder_of_images_becomes_shards(pictures, shards):
         for path in sorted(pictures.rglob("*.*"))
         if str(path.relative_to(pictures)) not in LEFT_OUT
     ]
-    for path, image in zip(paths, torch.cat(dataset.shards), strict=True):
+    for path, image in zip(paths, dataset.items, strict=True):
         assert torch.equal(image, data.centre_crop(Image.open(path).convert("RGB"), 16)), path
     assert {p.name for p in out.iterdir()} == {"index.json", ".lock"} | set(index["shards"])
     assert all(
@@ -261,56 +257,50 @@ def same(a, b):
     ) == len(list(b.iterdir()))
 
 
+@slow
 def test_a_conversion_killed_again_and_again_continues(pictures, shards, tmp_path):
     def saving():
         return [p.name for p in tmp_path.rglob("*") if p.name.startswith(("shard-", ".tmp"))]
 
     for kills in range(100):
-        process, before = convert(pictures, tmp_path / "data", "--resolution", "16"), saving()
+        process, before = start_converting(pictures, tmp_path / "data"), saving()
         while process.poll() is None and saving() == before:
-            pass
+            time.sleep(0.0001)
         if process.poll() is not None:
             break
-        process.send_signal(signal.SIGKILL)
+        process.kill()
         process.wait()
     assert kills > 2 and process.wait() == 0
     assert same(tmp_path / "data", shards[0])
 
 
+@slow
 def test_two_processes_convert_the_same(pictures, shards, tmp_path):
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    process = convert(pictures, tmp_path / "data", "--resolution", "16", prefix=launcher)
-    printed, errors = process.communicate(timeout=120)
-    assert process.returncode == 0, errors
+    path = f"import sys; sys.path.insert(0, {str(ROOT)!r})"
+    script = f"{path}; import data; data.SHARD = 4; data.launch(data.main)"
+    (tmp_path / "script.py").write_text(script)
+    words = tmp_path / "script.py", pictures, tmp_path / "data", "--resolution", "16"
+    [printed] = finish(start(*LAUNCH, 2, *words))
     assert same(tmp_path / "data", shards[0]) and printed.count("25 images of 3 classes") == 1
 
 
+@slow
 def test_a_full_disk_loses_nothing(pictures, shards, tmp_path):
-    """A limit on the size of files stands for it: writing fails in the same place, with another number."""
+    """A limit on file size stands in for a full disk: the same call fails, with another errno."""
     script = (
         "import resource, runpy, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000)); "
         "sys.argv = ['data.py', *sys.argv[1:]]; runpy.run_path('data.py', run_name='__main__')"
     )
-    full = subprocess.run(
-        [sys.executable, "-c", script, str(pictures), str(tmp_path / "data"), "--resolution", "16"],
-        cwd=ROOT,
-        env=ENVIRONMENT,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    last = full.stderr.splitlines()[-1]
-    assert full.returncode == 1 and "Traceback" not in full.stderr
-    assert (
-        last.startswith("data.py: ")
-        and "shard-00000.safetensors cannot be written" in last
-        and "make room" in last
-    )
+    full = start("-c", script, pictures, tmp_path / "data", "--resolution", "16")
+    _, errors = full.communicate(timeout=120)
+    assert full.returncode == 1 and "Traceback" not in errors
+    last = errors.splitlines()[-1]
+    assert last.startswith("data.py: ") and "make room" in last
+    assert "shard-00000.safetensors cannot be written" in last
     assert [p.name for p in (tmp_path / "data").iterdir()] == [".lock"]
     for path in sorted(shards[0].glob("shard-*"))[:3]:
         (tmp_path / "data" / path.name).write_bytes(path.read_bytes())
-    process = convert(pictures, tmp_path / "data", "--resolution", "16")
-    process.communicate(timeout=120)
+    convert(pictures, tmp_path / "data")
     assert same(tmp_path / "data", shards[0])
 
 
@@ -321,7 +311,7 @@ def test_a_damaged_shard_is_made_again(pictures, shards, tmp_path):
     (folder / "shard-00002.safetensors").write_bytes(content)
     (folder / "shard-00003.safetensors").write_bytes(content[:100])
     (folder / "shard-00004.safetensors").unlink()
-    convert(pictures, folder, "--resolution", "16").communicate(timeout=120)
+    convert(pictures, folder)
     assert same(folder, shards[0])
 
 
@@ -537,7 +527,7 @@ DAMAGE = {
     ),
     "an odd checksum": (
         lambda folder: edit(folder, shards={"shard-00000.safetensors": {"count": 3, "sha256": 5}}),
-        "does not have the checksum in index.json",
+        "index.json is not an index that data.py",
     ),
     "classes that are no list": (
         lambda folder: edit(folder, classes=5),
@@ -577,7 +567,7 @@ DAMAGE = {
     ),
     "another resolution": (
         lambda folder: edit(folder, resolution=8),
-        "holds pixels not of (3, 8, 8), as index.json says",
+        "index.json is not an index that data.py",
     ),
     "fewer images": (
         lambda folder: rewrite(
@@ -612,7 +602,7 @@ def test_damaged_shards(monkeypatch, shards, tmp_path, kind):
 
 
 def test_the_cpu_generator_takes_no_more_than_32_bits_of_a_seed():
-    """Why `generator` does not simply shift the run's seed up."""
+    """This is why `generator` does not simply shift the run's seed."""
     a, b = (torch.rand(3, generator=torch.Generator().manual_seed(s)) for s in (5, 5 + 2**32))
     assert (a == b).all()
 

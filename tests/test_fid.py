@@ -1,9 +1,10 @@
-"""fid.py: statistics that lose no digits, the Fréchet distance where it is known, and files. The network: test_inception."""
+"""fid.py: statistics that lose no digits, the Fréchet distance where it is known, and files.
+
+test_inception.py covers the network.
+"""
 
 import json
 import shutil
-import subprocess
-import sys
 import zipfile
 from functools import reduce
 from unittest import mock
@@ -17,8 +18,8 @@ from conftest import paint
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image, ImageFilter
+from processes import LAUNCH, ROOT, fails, finish, start
 from safetensors.torch import save_file
-from test_train import ENVIRONMENT, LAUNCH, ROOT, fails, run
 
 import data
 import fid
@@ -45,7 +46,8 @@ def test_statistics_are_those_of_all_items_at_once_however_they_come(seed, sizes
     count, mean, scatter = reduce(fid.accumulate, (features + offset).split(sizes), None)
     mu, sigma = fid.statistics((count, mean, scatter))
     assert count == len(features)
-    # at 1e6 the items themselves are rounded to 1e-10; sums of raw products would be off by 1e-4 and more
+    # At 1e6 the items themselves are rounded to 1e-10; sums of raw products would be off by 1e-4
+    # or more.
     tolerance = 1e-12 + offset * 2e-15
     assert (mu - offset - features.mean(0)).abs().max() <= tolerance
     assert np.abs(sigma.numpy() - np.cov(features.numpy().T)).max() <= tolerance
@@ -106,7 +108,7 @@ def test_agrees_with_the_eigenvalues_of_the_product_and_is_symmetric(seed, d):
 
 
 def test_fewer_items_than_dimensions():
-    """Two subspaces at right angles: the distance is the sum of the traces, and rounding adds nothing visible."""
+    """In orthogonal subspaces, the distance is the sum of the traces, with little rounding."""
     basis = torch.linalg.qr(randn(0, 300, 300)).Q
     s1, s2 = (
         basis[:, part] * randn(1, 100).square() @ basis[:, part].T
@@ -130,16 +132,17 @@ def test_nearest():
 
 
 def test_agrees_with_scipys_square_root():
-    """Where that is accurate: at full rank."""
+    """Compare at full rank, where scipy's is accurate."""
     sigma1, sigma2, mu = covariance(0, 64), covariance(1, 64), randn(2, 64)
     root = scipy.linalg.sqrtm((sigma1 @ sigma2).numpy())
     want = mu.square().sum() + sigma1.trace() + sigma2.trace() - 2 * np.trace(root).real
     assert abs(fid.frechet_distance(0 * mu, sigma1, mu, sigma2) - want) < 1e-10 * want
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("d, n", [(2048, 1500)])
 def test_at_full_size_with_fewer_items_than_dimensions(d, n):
-    """Of two sets in the span of n items, in closed form: all covariances of one set's are multiples of the other's."""
+    """The distance is known in closed form: one covariance is a multiple of the other."""
     x = randn(0, n, d) * torch.arange(1, d + 1) ** -0.5
     mu, sigma = fid.statistics(fid.accumulate(None, x))
     want = 0.5**2 * sigma.trace()
@@ -151,8 +154,8 @@ def test_at_full_size_with_fewer_items_than_dimensions(d, n):
 
 
 def digits_as_images(folder, rows, change=lambda pixels: pixels, scale=2):
-    """The digits of these rows as PNGs, enlarged, some of them a folder further down."""
-    pixels = ((data.digits().shards[0][rows, 0] + 1) * 127.5).byte()
+    """Write the digits of these rows as enlarged PNGs, some of them in a subfolder."""
+    pixels = ((data.digits().items[rows, 0] + 1) * 127.5).byte()
     pixels = pixels.repeat_interleave(scale, 1).repeat_interleave(scale, 2)
     for k, image in enumerate(pixels.numpy()):
         path = folder / ("more" if k % 5 == 4 else "") / f"{k:03}.png"
@@ -166,6 +169,21 @@ def results(capsys, *argv):
     return json.loads(capsys.readouterr().out)
 
 
+def thin(*inputs, whole=fid.inception, **options):
+    """Return every 16th of Inception's features, for their covariances to take less time."""
+    features, logits = whole(*inputs, **options)
+    return features[:, ::16], logits
+
+
+THIN = f"""
+import sys
+sys.path[:0] = {str(ROOT)!r}, {str(ROOT / "tests")!r}
+import data, fid, test_fid
+fid.inception = test_fid.thin
+data.launch(fid.main)
+"""
+
+
 @pytest.fixture(scope="module")
 def halves(tmp_path_factory):
     """Two halves of 80 digits, and random Inception weights in the published layout."""
@@ -176,10 +194,14 @@ def halves(tmp_path_factory):
     ], folder / "inception.safetensors"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind, scale, count", [("pixels", 1, 1797), ("Inception", 4, 80)])
-def test_distance_grows_with_noise_and_with_blur(halves, tmp_path, capsys, kind, scale, count):
-    """From a half of the digits to the other half, as it is, and more and more spoilt."""
+def test_distance_grows_with_noise_and_with_blur(
+    halves, monkeypatch, tmp_path, capsys, kind, scale, count
+):
+    """Compare half of the digits with the other half, intact and increasingly degraded."""
     _, weights = halves
+    monkeypatch.setattr(fid, "inception", thin)
     first, second = (
         digits_as_images(tmp_path / str(k), slice(k, count, 2), scale=scale) for k in (0, 1)
     )
@@ -197,6 +219,7 @@ def test_distance_grows_with_noise_and_with_blur(halves, tmp_path, capsys, kind,
         )
 
     fid.main([str(a) for a in (first, "--save-stats", tmp_path / "ref.npz", *flags)], data.World())
+    whole = results(capsys, second, "--ref", tmp_path / "ref.npz", *flags)["fid"]
     for way, amounts in (
         (noisy, (20, 40, 120)),
         (blurred, (0.5, 1, 5) if scale == 1 else (1, 2, 5)),
@@ -205,16 +228,16 @@ def test_distance_grows_with_noise_and_with_blur(halves, tmp_path, capsys, kind,
             digits_as_images(tmp_path / way.__name__ / str(a), slice(1, count, 2), way(a), scale)
             for a in amounts
         ]
-        distances = [
+        distances = [whole] + [
             results(capsys, folder, "--ref", tmp_path / "ref.npz", *flags)["fid"]
-            for folder in (second, *folders)
+            for folder in folders
         ]
         assert sorted(distances) == distances and distances[-1] > 2 * distances[0], (
             way.__name__,
             distances,
         )
         assert distances[0] < 0.1 * distances[-1] or kind == "Inception", (
-            "40 images say little in 2048 dimensions"
+            "40 images say little in 128 dimensions"
         )
     same = results(capsys, first, "--ref", tmp_path / "ref.npz", *flags)
     assert same["fid"] < 1e-6 * distances[0] and same["count"] == (count + 1) // 2
@@ -223,6 +246,7 @@ def test_distance_grows_with_noise_and_with_blur(halves, tmp_path, capsys, kind,
         assert same["inception"] == data.sha256(weights) and "TensorFlow" in same["resize"]
 
 
+@pytest.mark.slow
 def test_a_folder_an_npz_and_statistics_of_the_same_images_are_the_same(halves, tmp_path, capsys):
     (first, second), _ = halves
     paths = sorted(second.rglob("*.png"))
@@ -248,44 +272,44 @@ def test_a_folder_an_npz_and_statistics_of_the_same_images_are_the_same(halves, 
     assert results(capsys, first, "--ref", second, "--count", 30)["count"] == 30
 
 
-@pytest.mark.parametrize("world", [2, 3])
-def test_any_number_of_processes_gives_the_same_numbers(halves, tmp_path, capsys, world):
-    (first, second), weights = halves
-    for flags in ([], ["--inception", weights]):
-        argv = [str(a) for a in (first, "--ref", second, "--count", 25, *flags)]
-        alone, shared = (
-            results(capsys, *argv),
-            json.loads(run(*LAUNCH, str(world), "fid.py", *argv).stdout),
-        )
+@pytest.mark.slow  # starts processes
+@pytest.mark.parametrize("flags", [[], ["--inception"]])
+def test_any_number_of_processes_gives_the_same_numbers(
+    halves, monkeypatch, tmp_path, capsys, flags
+):
+    (first, _), weights = halves
+    second = digits_as_images(tmp_path / "second", slice(1, 23, 2))
+    argv = [first, "--ref", second, "--count", 13, *flags, *([weights] if flags else [])]
+    monkeypatch.setattr(fid, "inception", thin)
+    (tmp_path / "thin.py").write_text(THIN)
+    script = tmp_path / "thin.py" if flags else "fid.py"
+    processes = [start(*LAUNCH, world, script, *argv) for world in (2, 3)]
+    alone = results(capsys, *argv)
+    for printed in finish(*processes):
+        shared = json.loads(printed)
         for key in ("fid", "is", "is_std") if flags else ("fid",):
-            assert shared[key] == pytest.approx(
-                alone[key], rel=1e-5 if flags else 1e-9
-            )  # the network rounds by batch
-        assert shared["count"] == alone["count"] == 25
+            # the network rounds differently in batches of other sizes
+            assert shared[key] == pytest.approx(alone[key], rel=1e-5 if flags else 1e-9)
+        assert shared["count"] == alone["count"] == 13
 
 
+@pytest.mark.slow  # starts processes
 def test_a_broken_image_of_one_process_ends_all(halves, tmp_path):
     folder = tmp_path / "images"
     shutil.copytree(halves[0][0], folder)
     broken = sorted(folder.rglob("*.png"))[1]  # the second process's
     broken.write_text("x")
-    done = subprocess.run(
-        [sys.executable, *LAUNCH, "2", "fid.py", str(folder), "--ref", str(halves[0][1])],
-        cwd=ROOT,
-        env=ENVIRONMENT,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert done.returncode != 0 and f"fid.py: {broken} is not a readable image" in done.stderr
-    assert "Traceback" not in done.stderr.split("failed (exitcode")[0], (
-        "what follows is torchrun's own"
-    )
+    process = start(*LAUNCH, 2, "fid.py", folder, "--ref", halves[0][1])
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode != 0 and f"fid.py: {broken} is not a readable image" in errors
+    assert "Traceback" not in errors.split("failed (exitcode")[0], "what follows is torchrun's own"
 
 
 def test_gathering_loses_no_digits():
-    """Two processes' statistics at a million's offset, against those of all items at once: in a process, by a stand-in
-    for torch.distributed."""
+    """Combine two processes' statistics at an offset of 1e6 and compare with all items at once.
+
+    A stand-in for torch.distributed plays both processes.
+    """
     x = randn(0, 50, 4)
     states = [fid.accumulate(None, part + 1e6) for part in (x[:20], x[20:])]
     moved = []
@@ -317,7 +341,7 @@ def save_stats(path, mu=np.zeros(768), sigma=np.eye(768)):
 
 
 def rewritten(path, change):
-    """An .npz of nine images whose .npy is changed."""
+    """Write an .npz of nine images, then apply `change` to the bytes of its .npy."""
     np.savez(path, arr_0=np.zeros((9, 8, 8, 3), np.uint8))
     with zipfile.ZipFile(path) as archive:
         npy = archive.read("arr_0.npy")
@@ -374,15 +398,15 @@ REFERENCES = {
     ),
     "infinite": (
         lambda path: save_stats(path, mu=np.full(768, np.inf)),
-        "has values that are not finite",
+        "no finite mean and covariance: fetch it again",
     ),
     "asymmetric": (
         lambda path: save_stats(path, sigma=np.triu(np.ones((768, 768)))),
-        "sigma is no covariance: fetch it again",
+        "no finite mean and covariance: fetch it again",
     ),
     "negative": (
         lambda path: save_stats(path, sigma=-np.eye(768)),
-        "sigma is no covariance: fetch it again",
+        "no finite mean and covariance: fetch it again",
     ),
     "features": (
         lambda path: save_stats(path, np.zeros(5), np.eye(5)),
@@ -438,10 +462,10 @@ REFERENCES = {
         lambda path: np.savez(path, arr_0=np.zeros((3, 8, 8), np.uint8)),
         "arr_0 is uint8 (3, 8, 8): give",
     ),
-    "an empty folder": (lambda path: path.mkdir(), "has 0 images, not 2: give more"),
+    "an empty folder": (lambda path: path.mkdir(), "has 0 images, at least 2 are needed"),
     "no images": (
         lambda path: (path.mkdir(), (path / "x.txt").write_text("x")),
-        "has 0 images, not 2: give more",
+        "has 0 images, at least 2 are needed",
     ),
     "a broken image": (
         lambda path: (path.mkdir(), [(path / f"{k}.png").write_text("x") for k in (0, 1)]),
@@ -469,7 +493,7 @@ def test_bad_references(monkeypatch, halves, tmp_path, kind):
         ),
         (
             ["--save-stats", "s.npz", "--count", "41"],
-            "has 40 images, not 41: give more or lower --count",
+            "has 40 images, at least 41 are needed",
         ),
         (
             ["--ref", "x.npz", "--inception", "no.pth"],

@@ -1,4 +1,4 @@
-"""fid.py's Inception: equal to torch-fidelity's on the same weights, and to numbers that torch-fidelity once gave."""
+"""fid.py's Inception agrees with torch-fidelity's on the same weights, and with recorded values."""
 
 import hashlib
 import importlib
@@ -17,8 +17,11 @@ from safetensors.torch import save_file
 
 import fid
 
-# What torch-fidelity 0.4.0 gave for `weights` and `images(0, 2, 37, 51)`, in float64: every 128th feature and every
-# 126th logit without the bias, image by image. Whoever lacks torch-fidelity compares with these.
+pytestmark = pytest.mark.slow  # the network takes seconds
+
+# What torch-fidelity 0.4.0 computed for `weights` and `images(0, 2, 37, 51)`, in float64: every
+# 128th feature and every 126th logit without the bias, for each image. They serve where
+# torch-fidelity is not installed.
 FEATURES = [
     [
         11.46168,
@@ -65,12 +68,13 @@ LOGITS = [
 
 @lru_cache
 def weights():
-    """Random weights in the published layout. Second moments, not variances, are normalised, as nothing is centred: so
-    activations keep their size, and rounding is not blown up from layer to layer."""
-    random, tensors = (
-        np.random.RandomState(0),
-        {},
-    )  # NumPy has frozen this stream, so the numbers above stay good
+    """Return random weights in the published layout.
+
+    They keep the second moment of the activations constant (nothing is centred), so rounding
+    errors do not grow from layer to layer.
+    """
+    random = np.random.RandomState(0)  # NumPy has frozen this stream: the values above stay valid
+    tensors = {}
     for name, shape in fid.inception_shapes().items():
         r = torch.from_numpy(random.standard_normal(shape)).float()
         if name.endswith("conv.weight"):
@@ -84,12 +88,17 @@ def weights():
     return tensors
 
 
+@lru_cache(1)
+def folded(module):
+    return module.fold(weights())
+
+
 def params():
-    return fid.fold(weights())
+    return folded(fid)
 
 
 def images(seed, count, height, width):
-    """Noise on 5x4 fields of colour, uint8."""
+    """Return uint8 images of noise on 5x4 patches of colour."""
     random = np.random.RandomState(seed)
     coarse = random.standard_normal((count, 3, 5, 4))
     coarse = coarse[:, :, np.arange(height) * 5 // height][..., np.arange(width) * 4 // width]
@@ -100,14 +109,17 @@ def images(seed, count, height, width):
 
 
 def differ(got, want):
-    """The largest difference, relative to the largest value."""
+    """Return the largest difference, relative to the largest value."""
     return float((got - want).abs().max() / want.abs().max())
 
 
 @pytest.fixture(scope="module")
 def fidelity():
-    """torch-fidelity. It imports torchvision, though not for Inception, and torchvision does not import beside a CPU's
-    torch 2.13: while torch-fidelity is imported, empty modules stand in for it."""
+    """Import torch-fidelity with empty modules in place of torchvision.
+
+    It imports torchvision, though not for Inception, and torchvision may not fit the installed
+    torch.
+    """
     names = [
         "torchvision",
         "torchvision.datasets",
@@ -169,9 +181,7 @@ def test_agrees_with_torch_fidelity(extractor, size):
     batch = images(1, 2, *size)
     (features, logits), want = fid.inception(params(), batch), extractor(batch)
     assert differ(features, want[0]) < 1e-5 and differ(logits, want[1]) < 1e-5
-    assert (
-        differ(features[:1], features[1:]) > 0.01
-    )  # the images are told apart by more than the tolerance
+    assert differ(features[:1], features[1:]) > 0.01  # the images differ by more than the tolerance
 
 
 def test_agrees_with_what_torch_fidelity_once_gave():
@@ -260,7 +270,7 @@ def test_nothing_asks_for_gradients():
 
 
 def tensorflow_resize(image):
-    """(3, H, W) uint8 -> (3, 299, 299) float32, place by place, in the steps of TensorFlow 1's kernel."""
+    """Resize (3, H, W) uint8 to (3, 299, 299) float32 pixel by pixel, as TensorFlow 1 does."""
     image = image.numpy().astype(np.float32)
     out = np.empty((3, 299, 299), np.float32)
     steps = [np.float32(size) / np.float32(299) for size in image.shape[1:]]
@@ -304,7 +314,7 @@ def test_resize_reads_places_without_half_pixels():
 
 
 def refuses(path, *words, error=ValueError):
-    """Loading raises one line with the path, the words and the address of the published file."""
+    """Check that loading raises one line with the path, the words and the published file's URL."""
     with warnings.catch_warnings(), pytest.raises(error) as caught:
         warnings.simplefilter("error")
         fid.load_inception(path)
@@ -400,13 +410,13 @@ def test_pickled_code_is_never_run(tmp_path, protocol):
     [
         (
             {"AuxLogits.conv0.conv.weight": torch.zeros(1)},
-            ["1 unknown tensors, such as AuxLogits.conv0.conv.weight"],
+            ["AuxLogits.conv0.conv.weight is (1,), should be absent"],
         ),
         (
             {"Conv2d_9.conv.weight": torch.zeros(1)},
-            ["1 unknown tensors, such as Conv2d_9.conv.weight"],
+            ["Conv2d_9.conv.weight is (1,), should be absent"],
         ),
-        ({"fc.weight": None, "fc.bias": None}, ["2 missing tensors, such as fc.bias"]),
+        ({"fc.weight": None, "fc.bias": None}, ["fc.weight is missing, should be (1008, 2048)"]),
         ({"fc.weight": torch.zeros(1000, 2048)}, ["fc.weight", "(1000, 2048)", "(1008, 2048)"]),
         (
             {"fc.bias": torch.zeros(1008, dtype=torch.float16)},
@@ -441,7 +451,7 @@ def test_score_is_torch_fidelitys(fidelity):
 
 
 def test_score_of_probabilities_by_hand():
-    """In the given order, with NumPy, as ADM's evaluator has it; and in torch-fidelity's."""
+    """Compare with NumPy, in the given order, as in ADM's evaluator, and in torch-fidelity's."""
     p = np.random.default_rng(0).dirichlet(np.ones(8), 60)
     order = np.random.RandomState(2020).permutation(60)
     for q, shuffle in ((p, False), (p[order], True)):

@@ -1,7 +1,10 @@
-"""Properties of meanflow.py, in float64, on flows whose average velocity is known. test_mutants.py breaks the code on
-purpose, once for each, and sees the test named there fail."""
+"""Properties of meanflow.py, in float64, on flows whose average velocity is known.
 
-import subprocess
+test_mutants.py breaks the code on purpose and checks that the tests here notice.
+"""
+
+import runpy
+import shutil
 import sys
 from functools import partial
 from pathlib import Path
@@ -25,7 +28,7 @@ def randn(seed, *shape):
 
 
 def times(seed, batch):
-    """(t, r) with r < t, (B,)."""
+    """Return (t, r) with r < t, both (B,)."""
     r, t = (
         torch.rand(2, batch, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
         .sort(0)
@@ -35,7 +38,7 @@ def times(seed, batch):
 
 
 def points(seed, batch=6, dim=3):
-    """(z, t, r, y): a batch of points, times r < t and labels."""
+    """Return (z, t, r, y): a batch of points, times r < t and labels."""
     y = torch.randint(NULL, (batch,), generator=torch.Generator().manual_seed(seed))
     return randn(seed, batch, dim), *times(seed, batch), y
 
@@ -46,8 +49,11 @@ def close(a, b, tolerance=1e-12):
 
 
 class Gaussian:
-    """The flow from N(0, 1) at t = 1 to N(m, s^2) at t = 0, in closed form. It keeps (z - mean) / deviation constant,
-    where mean = (1 - t) m and deviation^2 = (1 - t)^2 s^2 + t^2; m may depend on the class."""
+    """The flow from N(0, 1) at t = 1 to N(m, s^2) at t = 0, in closed form.
+
+    It keeps (z - mean) / deviation constant, where mean = (1 - t) m and
+    deviation^2 = (1 - t)^2 s^2 + t^2; m may depend on the class.
+    """
 
     def __init__(self, m, s):
         self.m, self.s = m, s
@@ -65,7 +71,7 @@ class Gaussian:
         return (t - (1 - t) * self.s**2) / self.deviation(t) ** 2 * (z - mean) - m
 
     def average(self, z, t, r, y):
-        """(z_t - z_r) / (t - r), with the difference of the deviations divided out, so that r = t is no exception."""
+        """Return (z_t - z_r) / (t - r), rearranged so that r = t needs no special case."""
         t, r = t[:, None], r[:, None]
         mean, m = self.mean(t, y[:, None])
         slope = ((1 + self.s**2) * (t + r) - 2 * self.s**2) / (
@@ -80,7 +86,7 @@ class Gaussian:
 
 
 def mixture_velocity(z, t, r, y):
-    """The marginal velocity of the flow from N(0, 1) to three Gaussians in the plane."""
+    """Return the marginal velocity of the flow from N(0, 1) to three Gaussians in the plane."""
     centres, width = torch.tensor([[1.0, 0.0], [-1.0, 0.5], [0.0, -1.5]], dtype=z.dtype), 0.4
     t = t[:, None]
     variance = (1 - t) ** 2 * width**2 + t**2
@@ -92,7 +98,7 @@ def mixture_velocity(z, t, r, y):
 
 
 def integrate(velocity, z, t, r, y, steps=30):
-    """Where the flow of `velocity` takes z from t to r: classical Runge-Kutta."""
+    """Return where the flow of `velocity` takes z from t to r, by classical Runge-Kutta."""
     h = (r - t) / steps
     for i in range(steps):
         s = t + i * h
@@ -105,7 +111,7 @@ def integrate(velocity, z, t, r, y, steps=30):
 
 
 def network(seed, dim=3, width=16):
-    """A smooth net without any special property, and its parameters."""
+    """Return a generic smooth net and its parameters."""
     w = [
         randn(seed, dim + 2, width) / 2,
         randn(seed + 1, width, dim) / 4,
@@ -272,7 +278,7 @@ def test_guidance_leaves_alone_dropped_rows_and_times_outside_the_interval(
 
 
 def draws(seed, batch, dim=3, equal=None):
-    """Draws with r = t in random rows, or in the first `equal`, and dropped labels in random rows."""
+    """Return draws with r = t in random rows or the first `equal`, and labels dropped at random."""
     g = torch.Generator().manual_seed(seed)
     t, r = times(seed, batch)
     same = torch.rand(batch, generator=g) < 0.5 if equal is None else torch.arange(batch) < equal
@@ -300,7 +306,7 @@ MODES = [
     st.data(),
 )
 def test_the_fast_loss_is_the_loss(seed, mode, interval, batch, data):
-    """In value, raw error and every gradient, wherever the rows with r = t are."""
+    """Compare value, raw error and every gradient, wherever the rows with r = t are."""
     equal = data.draw(st.none() | st.integers(0, batch))
     kw = dict(null=NULL, interval=interval, p=0.75, c=1e-3, **mode)
     d, x = draws(seed, batch, equal=equal), randn(seed + 5, batch, 3)
@@ -317,7 +323,7 @@ def test_the_fast_loss_is_the_loss(seed, mode, interval, batch, data):
 
 
 def test_rows_with_r_equal_t_are_known_without_a_jvp():
-    """Of the leading ones, which the fast loss counts, no derivative is asked for."""
+    """The fast loss counts the leading rows with r = t and asks for no derivative of them."""
     seen = []
 
     def dual(z, t, r, y, v):
@@ -334,7 +340,7 @@ def test_rows_with_r_equal_t_are_known_without_a_jvp():
 
 @given(seeds, st.sampled_from(MODES), st.sampled_from([(0.0, 1.0), (0.2, 0.7)]))
 def test_the_loss_is_the_papers_algorithm(seed, mode, interval):
-    """Against the equations, with all rows' Jacobian-vector products made by reverse mode."""
+    """Compare with the equations, with Jacobian-vector products computed by reverse mode."""
     (net, w), x, d = network(seed), randn(seed + 5, 7, 3), draws(seed, 7)
     y = torch.randint(NULL, (7,), generator=torch.Generator().manual_seed(seed))
     omega, kappa, (t, r), null = (
@@ -400,25 +406,26 @@ def test_the_target_is_held_fixed_whatever_dual_returns(seed):
 
 @given(seeds, st.integers(2, 5))
 def test_squared_error_is_summed_not_averaged(seed, copies):
-    """Data that repeat themselves have an error as many times as large, on a net that acts on each copy alone."""
+    """Data of n equal copies have n times the error, if the net acts on each copy alone."""
     net, _ = network(seed)
     d, x, y = draws(seed, 5), randn(seed + 5, 5, 3), torch.zeros(5, dtype=torch.int64)
 
     def wide(z, t, r, y):
         return torch.stack([net(copy, t, r, y) for copy in z.unbind(1)], 1)
 
-    repeat = lambda a: a[:, None].expand(-1, copies, -1)
+    def repeat(a):
+        return a[:, None].expand(-1, copies, -1)
+
     one, _ = mf.loss(net, x, y, d, null=NULL, p=0.0)
     many, _ = mf.loss(wide, repeat(x), y, d._replace(e=repeat(d.e)), null=NULL, p=0.0)
     close(many, copies * one)
 
 
 def test_minimising_the_loss_finds_the_flow():
-    """Over all flows to a Gaussian, the minimiser of the plain squared loss is the true one, from a start far off."""
+    """Fit a Gaussian flow by the plain squared loss, from a distant start, to the true one."""
     truth, g = (0.8, 0.5), torch.Generator().manual_seed(0)
-    w = torch.tensor(
-        [-1.0, 0.7], dtype=torch.float64, requires_grad=True
-    )  # mean, log of the deviation
+    # mean and log of the deviation
+    w = torch.tensor([-1.0, 0.7], dtype=torch.float64, requires_grad=True)
     adam = torch.optim.Adam([w], lr=0.05, betas=(0.9, 0.95))
     y, path = torch.zeros(4096, dtype=torch.int64), []
     for k in range(300):
@@ -474,7 +481,7 @@ def test_draws_have_the_distribution_of_the_paper(mean, std):
     grid = mean + std * torch.linspace(-2, 2, 9, dtype=torch.float64)
     normal = 0.5 * (1 + torch.erf((grid - mean) / std / 2**0.5))
     assert ((logits[:, None] < grid).double().mean(0) - normal).abs().max() < 0.004
-    # the larger of two draws has the square of the distribution function: neither is r shifted, nor are they one draw
+    # The larger of two independent draws has the square of their distribution function.
     assert (
         (torch.logit(t.double())[:, None] < grid).double().mean(0) - normal**2
     ).abs().max() < 0.005
@@ -506,7 +513,10 @@ GOLDEN = np.load(Path(__file__).with_name("authors-tiny.npz"))
     "mode, scales", [("none", {}), ("cfg", dict(omega=2.0)), ("mix", dict(kappa=0.5))]
 )
 def test_agrees_with_the_authors_code(mode, scales):
-    """Forward, du/dt, guided velocity, losses and gradients of a one-layer DiT, as the authors' JAX code computes them."""
+    """Compare a one-layer DiT with the authors' JAX code.
+
+    The file holds its forward, du/dt, guided velocity, losses and gradients.
+    """
     gold = {name.removeprefix(f"{mode}."): torch.from_numpy(GOLDEN[name]) for name in GOLDEN.files}
     params = {
         name[2:]: gold[name].float().requires_grad_() for name in gold if name.startswith("w.")
@@ -553,10 +563,13 @@ def test_agrees_with_the_authors_code(mode, scales):
 # --- the file by itself ---
 
 
-def test_the_file_works_alone(tmp_path):
-    (tmp_path / "meanflow.py").write_text(Path(mf.__file__).read_text())
-    code = "import meanflow; meanflow.toy(iterations=3, batch=8)"
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True
-    )
-    assert done.returncode == 0 and done.stdout.count("MeanFlow") == 3, done.stderr
+def test_the_file_works_alone(monkeypatch, tmp_path, capsys):
+    """Run the toy from a copy of the file, with no other file of the repository to import."""
+    root = Path(mf.__file__).parent
+    copy = shutil.copy(mf.__file__, tmp_path)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [p for p in sys.path if Path(p).resolve() != root])
+    for file in root.glob("*.py"):
+        monkeypatch.delitem(sys.modules, file.stem, raising=False)
+    runpy.run_path(copy)["toy"](iterations=3, batch=8)
+    assert capsys.readouterr().out.count("MeanFlow") == 3

@@ -1,5 +1,7 @@
-"""model.py: the paper's sizes, the checkpoint as the config, and what a DiT must be. That it computes what the authors'
-code computes is in test_meanflow.py."""
+"""model.py: the paper's sizes, the config read off a checkpoint, and the properties of a DiT.
+
+test_meanflow.py compares it with the authors' code.
+"""
 
 import math
 from functools import partial
@@ -25,7 +27,7 @@ PAPER = {
 
 
 def small(seed=0, size=(64, 2, 2), channels=3, classes=5, dtype=torch.float64):
-    """A DiT no parameter of which is zero."""
+    """Return a DiT without any zero parameter."""
     g = torch.Generator().manual_seed(seed)
     params = model.init(size, channels=channels, classes=classes, generator=g)
     return {
@@ -70,8 +72,11 @@ def test_the_checkpoint_is_the_config(width, depth, patch, channels, classes):
             lambda p: p.update({"y_embedder.embedding_table.weight": torch.zeros(6)}),
             "y_embedder.embedding_table.weight",
         ),
-        (lambda p: p.pop("blocks.1.mlp.fc1.bias"), "missing.*blocks.1.mlp.fc1.bias"),
-        (lambda p: p.update({"pos_embed": torch.zeros(1)}), "unknown.*pos_embed"),
+        (lambda p: p.pop("blocks.1.mlp.fc1.bias"), "blocks.1.mlp.fc1.bias is missing"),
+        (
+            lambda p: p.update({"pos_embed": torch.zeros(1)}),
+            r"pos_embed is \(1,\), should be absent",
+        ),
         (
             lambda p: p.update({"blocks.0.attn.proj.weight": torch.zeros(64, 63)}),
             r"blocks.0.attn.proj.weight.*\(64, 63\)",
@@ -111,7 +116,7 @@ def test_initial_weights():
 
 @pytest.mark.parametrize("width, heads", [(32, 1), (64, 1), (768, 12), (1024, 16), (1152, 16)])
 def test_heads_of_every_size(width, heads):
-    """Heads are 64 wide, but there are no more than 16 (XL/2: 72 wide), which the tensors' shapes do not tell."""
+    """Heads are 64 wide, but at most 16 in number (XL/2: 72 wide); shapes do not tell."""
     q, k, v = model.split_heads(torch.arange(2 * 16 * 3 * width).reshape(2, 16, 3 * width))
     assert q.shape == k.shape == v.shape == (2, heads, 16, width // heads)
     assert (k - q == width).all() and (v - k == width).all()
@@ -164,7 +169,7 @@ SHAPES = [
 
 
 def test_dit_jvp_is_torch_func_jvp():
-    """Value, tangent and gradient, for every number of rows that have a tangent."""
+    """Compare value, tangent and gradient, for every number of rows that have a tangent."""
     for size, channels in SHAPES:
         params = {
             name: p.requires_grad_() for name, p in small(size=size, channels=channels).items()
@@ -187,7 +192,7 @@ def test_dit_jvp_is_torch_func_jvp():
 
 @given(st.integers(0, 2**31), st.sampled_from(MODES), st.integers(1, 5), st.data())
 def test_the_fast_loss_is_the_whole_batch_loss(seed, mode, batch, data):
-    """In value and every gradient, for all guidance modes, with shares of r = t from 0 to 1."""
+    """Compare value and gradients, for all guidance modes, with shares of r = t from 0 to 1."""
     params = {
         name: p.requires_grad_()
         for name, p in small(seed, size=(64, 1, 4), channels=1, classes=4).items()
@@ -217,8 +222,8 @@ def test_tangents_in_bfloat16():
     errors = []
     for seed in range(5):
         params, (z, t, r, y) = (
-            small(seed, size=(256, 4, 2)),
-            inputs(16, height=16, width=16, seed=seed),
+            small(seed, size=(128, 4, 2)),
+            inputs(8, seed=seed),
         )
         v = torch.randn(z.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
         _, exact = model.dit_jvp(params, z, t, r, y, v)
@@ -235,7 +240,7 @@ def test_tangents_in_bfloat16():
 
 
 def test_gradients_in_bfloat16():
-    """Guided, under autocast, whose cache of weights must not swallow the gradient after the passes without one."""
+    """Autocast caches weights: those cached without gradient must not serve the pass with one."""
     params, d = small(size=(256, 2, 2), channels=3), draws(0, 16, dim=3 * 16 * 16, equal=12)
     x, y = inputs(16, height=16, width=16)[0], torch.arange(16) % 5
     d = d._replace(e=d.e.unflatten(1, (3, 16, 16)))
@@ -261,9 +266,10 @@ def test_gradients_in_bfloat16():
         assert (g - want).norm() < 0.03 * want.norm(), (name, (g - want).norm() / want.norm())
 
 
+@pytest.mark.slow  # compiles
 @pytest.mark.parametrize("block, tangents", [(model.block, 0), (model.block_jvp, 2)])
 def test_a_compiled_block_has_the_right_gradient(block, tangents):
-    """On tokens as `tokens` lays them out in memory. As a convolution does, the compiler gets it wrong (torch 2.13)."""
+    """On patches embedded by `embed_patches`; a convolution's layout breaks compiled gradients."""
     params, (z, *_) = (
         {name: p.requires_grad_() for name, p in small(size=(64, 1, 2)).items()},
         inputs(4),

@@ -1,44 +1,60 @@
-"""The whole path on real files: a folder of JPEGs, shards, two processes that train and are killed, one that goes on, and
-images; in pixels and in latents."""
+"""The whole path on real files, in pixels and in latents.
+
+A folder of JPEGs becomes shards; two processes train on them and are killed; one continues and
+samples images. Also: data and weights made by others.
+"""
 
 import argparse
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
 from conftest import paint
 from PIL import Image
+from processes import LAUNCH, fails, start
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from test_train import ENVIRONMENT, LAUNCH, ROOT, fails, losses, run
+from test_train import losses
 
 import data
 import model
 import sample
 import train
 
+SMALL = (32, 32, 64, 64)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def small_vae():
+    """Give the VAE fewer channels, for speed; test_vae.py has it at full size."""
+    with mock.patch.object(data, "WIDTHS", SMALL):
+        yield
+
 
 @pytest.fixture(scope="module")
 def vae(tmp_path_factory):
-    """A file of random weights in the layout of sd-vae-ft-mse's."""
-    path, g = (
-        tmp_path_factory.mktemp("vae") / "diffusion_pytorch_model.safetensors",
-        torch.Generator().manual_seed(0),
-    )
-    tensors = {}
+    """A file of random weights with the layout of sd-vae-ft-mse, but less wide."""
+    path = tmp_path_factory.mktemp("vae") / "diffusion_pytorch_model.safetensors"
+    tensors, g = {}, torch.Generator().manual_seed(0)
     for name, shape in data.vae_shapes().items():
         norm, fan = "norm" in name, max(1, np.prod(shape[1:]))
         tensors[name] = torch.randn(shape, generator=g) * (0.1 if len(shape) == 1 else fan**-0.5)
         tensors[name] += norm and name.endswith("weight")
     save_file(tensors, path)
     return path
+
+
+def call(capsys, script, *words):
+    """Run a script in this process, and return what it prints."""
+    capsys.readouterr()
+    script.main([str(word) for word in words], data.World())
+    return capsys.readouterr().out
 
 
 @pytest.fixture(scope="module")
@@ -49,14 +65,8 @@ def pictures(tmp_path_factory):
 
 
 def train_and_kill(words, folder):
-    """Two processes that are both killed once they have saved."""
-    process = subprocess.Popen(
-        [sys.executable, *LAUNCH, "2", *words],
-        cwd=ROOT,
-        env=ENVIRONMENT,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
+    """Train with two processes and kill both once they have saved."""
+    process = start(*LAUNCH, 2, *words)
     while train.newest(folder) == 0:
         assert process.poll() is None, "the run ended before it was killed"
         time.sleep(0.01)
@@ -64,32 +74,21 @@ def train_and_kill(words, folder):
     process.kill()
     for worker in workers:
         os.kill(int(worker), signal.SIGKILL)
-    process.wait()
+    process.communicate()
 
 
+@pytest.mark.slow  # starts processes
 @pytest.mark.parametrize("kind, side, channels", [("pixels", 32, 3), ("latents", 4, 4)])
-def test_from_a_folder_of_jpegs_to_images(pictures, vae, tmp_path, kind, side, channels):
-    flags = {"pixels": [], "latents": ["--vae", str(vae)]}[kind]
-    printed = run(
-        "data.py", str(pictures), str(tmp_path / "data"), "--resolution", "32", *flags
-    ).stdout
+def test_from_a_folder_of_jpegs_to_images(pictures, vae, tmp_path, capsys, kind, side, channels):
+    flags = {"pixels": [], "latents": ["--vae", vae]}[kind]
+    printed = call(capsys, data, pictures, tmp_path / "data", "--resolution", 32, *flags)
     assert f"24 images of 3 classes as {kind} in 1 shards; 0 files left out" in printed
 
     folder = tmp_path / "run"
-    words = [
-        "train.py",
-        "--data",
-        str(tmp_path / "data"),
-        "--out",
-        str(folder),
-        "--batch",
-        "8",
-        "--save",
-        "5",
-    ]
-    train_and_kill([*words, "--steps", "1000"], folder)
+    words = ["--data", tmp_path / "data", "--out", folder, "--batch", 8, "--save", 5]
+    train_and_kill(["train.py", *words, "--steps", 1000], folder)
     assert 0 < train.newest(folder) < 1000
-    run(*words, "--steps", str(train.newest(folder) + 5), *flags)
+    call(capsys, train, *words, "--steps", train.newest(folder) + 5, *flags)
     steps = [entry["step"] for entry in losses(folder)]
     assert steps == list(range(5, train.newest(folder) + 1, 5))
     assert losses(folder)[-1]["raw_equal"] < losses(folder)[0]["raw_equal"]
@@ -106,20 +105,11 @@ def test_from_a_folder_of_jpegs_to_images(pictures, vae, tmp_path, kind, side, c
         json.loads(about["classes"]) == ["class0", "class1", "class2"]
         and "MeanFlow" in about["model"]
     )
-    params, _ = sample.load(folder)
+    params = sample.load(folder).params
     assert model.config(params) == (64, 4, 2, channels, 3)
 
-    run(
-        "sample.py",
-        str(folder),
-        "--classes",
-        "2,0",
-        "--seed",
-        "3",
-        "--out",
-        str(tmp_path / "two.png"),
-        *flags,
-    )
+    out = ["--out", tmp_path / "two.png"]
+    call(capsys, sample, folder, "--classes", "2,0", "--seed", 3, *out, *flags)
     items = sample.generate(params, [2, 0], (channels, side, side), seed=3)
     images = data.decode(data.load_vae(vae), items / 0.18215) if kind == "latents" else items
     picture = np.asarray(Image.open(tmp_path / "two.png"))
@@ -131,9 +121,7 @@ def test_from_a_folder_of_jpegs_to_images(pictures, vae, tmp_path, kind, side, c
     np.savez(
         reference, arr_0=np.random.default_rng(0).integers(0, 256, (8, 32, 32, 3), dtype=np.uint8)
     )
-    line = json.loads(
-        run("sample.py", str(folder), "--fid", str(reference), "--count", "6", *flags).stdout
-    )
+    line = json.loads(call(capsys, sample, folder, "--fid", reference, "--count", 6, *flags))
     assert (
         line["fid"] > 0
         and line["count"] == 6
@@ -146,13 +134,12 @@ def test_from_a_folder_of_jpegs_to_images(pictures, vae, tmp_path, kind, side, c
     }
 
 
+@pytest.mark.slow
 def test_latents_are_those_of_the_images_and_of_their_mirror_images(pictures, vae, tmp_path):
     for kind, flags in (("pixels", []), ("latents", ["--vae", str(vae)])):
         data.main([str(pictures), str(tmp_path / kind), "--resolution", "32", *flags], data.World())
-    (moments,), (pixels,) = (
-        data.load_data(tmp_path / "latents").shards,
-        data.load_data(tmp_path / "pixels").shards,
-    )
+    kinds = ("latents", "pixels")
+    moments, pixels = (torch.stack([*data.load_data(tmp_path / k).items]) for k in kinds)
     index = json.loads((tmp_path / "latents" / "index.json").read_text())
     assert (index["scale"], index["channels"], index["vae"]) == (0.18215, 4, data.sha256(vae))
     assert moments.shape == (24, 2, 2, 4, 4, 4) and moments.dtype == torch.float16
@@ -189,14 +176,16 @@ def test_a_resolution_that_the_patch_does_not_divide(monkeypatch, pixels, tmp_pa
     assert "data holds (3, 15, 15), not divisible by patches of 2: choose another --size" in message
 
 
-def test_a_run_goes_on_with_its_own_data_only(monkeypatch, pixels, tmp_path):
-    words = ["train.py", "--out", tmp_path / "run", "--batch", "8", "--steps", "2"]
-    run(*(str(w) for w in words), "--data", str(pixels.parent / "even"))
-    assert "holds a run with data pixels" in fails(monkeypatch, *words, "--data", "digits")
+def test_a_run_goes_on_with_its_own_data_only(monkeypatch, pixels, tmp_path, capsys):
+    words = ["--out", tmp_path / "run", "--batch", "8", "--steps", "2"]
+    call(capsys, train, *words, "--data", pixels.parent / "even")
+    message = fails(monkeypatch, "train.py", *words, "--data", "digits")
+    assert "holds a run with data pixels" in message
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["safetensors", "state dict", "checkpoint"])
-def test_training_starts_from_weights_of_others(pixels, tmp_path, form):
+def test_training_starts_from_weights_of_others(pixels, tmp_path, capsys, form):
     g = torch.Generator().manual_seed(0)
     tensors = {
         name: p + 0.1 * torch.randn(p.shape, generator=g)
@@ -210,25 +199,14 @@ def test_training_starts_from_weights_of_others(pixels, tmp_path, form):
     else:
         whole = {"model": {}, "ema": theirs, "opt": {}, "args": argparse.Namespace(lr=1e-4)}
         torch.save(theirs if form == "state dict" else whole, path)
-    words = [
-        "train.py",
-        "--data",
-        str(pixels.parent / "even"),
-        "--init",
-        str(path),
-        "--batch",
-        "8",
-        "--lr",
-        "1e-12",
-    ]
-    printed = run(*words, "--out", str(tmp_path / "run"), "--steps", "1").stdout
+    words = ["--data", pixels.parent / "even", "--init", path, "--batch", "8", "--lr", "1e-12"]
+    words += ["--out", tmp_path / "run"]
+    printed = call(capsys, train, *words, "--steps", 1)
     assert f"{len(ours)} tensors taken" in printed and "skipped ['pos_embed']" in printed
     assert "created ['h_embedder.mlp.0.bias', 'h_embedder.mlp.0.weight', 'h_embedder" in printed
     weights = load_file(tmp_path / "run" / "state-00000001.safetensors")
     assert all((weights[f"weights.{name}"] - p).abs().max() < 1e-10 for name, p in ours.items())
-    assert (
-        "taken" not in run(*words, "--out", str(tmp_path / "run"), "--steps", "2").stdout
-    )  # it goes on
+    assert "taken" not in call(capsys, train, *words, "--steps", 2)  # it continues
 
 
 def test_a_pickle_with_code_is_not_run(monkeypatch, pixels, tmp_path):
@@ -260,7 +238,7 @@ def test_a_pickle_with_code_is_not_run(monkeypatch, pixels, tmp_path):
         (b"\x80\x02}q\x00.", "cannot be read as tensors without code"),
         (
             None,
-            "has 51 missing tensors, such as blocks.0.adaLN_modulation.1.bias: give --init a checkpoint",
+            "x_embedder.proj.weight is missing, should be (64, 3, 2, 2): give --init a checkpoint",
         ),
     ],
 )
@@ -283,7 +261,7 @@ def test_pickles_of_something_else(monkeypatch, pixels, tmp_path, content, words
 
 
 def test_classes_that_differ_between_checkpoint_and_data(monkeypatch, pixels, tmp_path):
-    """Their number is the same, and the file says what they are."""
+    """The number of classes agrees, but the file names them in another order."""
     params = model.init("T/2", channels=3, classes=3, generator=torch.Generator().manual_seed(0))
     save_file(
         params,
@@ -317,6 +295,6 @@ def test_weights_for_other_classes(monkeypatch, pixels, tmp_path):
         tmp_path / "run",
     )
     assert (
-        "ten.safetensors: y_embedder.embedding_table.weight has shape (11, 64), not (4, 64)"
+        "ten.safetensors: y_embedder.embedding_table.weight is (11, 64), should be (4, 64)"
         in message
     )

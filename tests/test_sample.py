@@ -1,4 +1,4 @@
-"""sample.py: the picture it writes, noise that depends on (seed, index) alone, and bad input answered in one line."""
+"""sample.py: the picture it writes, noise that depends only on (seed, index), and bad input."""
 
 import json
 from unittest import mock
@@ -9,8 +9,8 @@ import test_inception
 import torch
 from conftest import paint
 from PIL import Image
+from processes import LAUNCH, fails, finish, start
 from safetensors.torch import save_file
-from test_train import LAUNCH, fails, run
 
 import data
 import fid
@@ -20,7 +20,7 @@ import sample
 
 @pytest.fixture
 def checkpoint(tmp_path):
-    """A random-weight network for 1-channel 8x8 images of 10 classes, in a run's folder."""
+    """A run's folder with random weights for 1-channel 8x8 images of 10 classes."""
     g = torch.Generator().manual_seed(0)
     params = model.init((64, 1, 2), channels=1, classes=10, generator=g)
     params = {name: p + 0.05 * torch.randn(p.shape, generator=g) for name, p in params.items()}
@@ -69,9 +69,10 @@ def test_the_readmes_command(checkpoint, monkeypatch, capsys):
 
 def test_the_newest_averaged_weights_of_a_folder_are_taken(checkpoint):
     folder, params = checkpoint
-    save_file({name: 2 * p for name, p in params.items()}, folder / "ema-00000100.safetensors")
+    doubled, path = {name: 2 * p for name, p in params.items()}, folder / "ema-00000100.safetensors"
+    save_file(doubled, path, {"kind": "pixels", "resolution": "8"})
     save_file({"weights.x": torch.zeros(1)}, folder / "state-00000200.safetensors")
-    got, _ = sample.load(folder)
+    got = sample.load(folder).params
     assert all(torch.equal(got[name], 2 * p) for name, p in params.items())
 
 
@@ -143,10 +144,11 @@ def damage(name):
     [
         (
             "missing",
-            "has 1 missing tensors, such as blocks.0.mlp.fc1.bias: give a run's folder or weights that",
+            "blocks.0.mlp.fc1.bias is missing, should be (256,): "
+            "give a run's folder or weights that",
         ),
-        ("extra", "1 unknown tensors, such as blocks.0.mlp.fc3.bias"),
-        ("misshapen", "blocks.0.attn.qkv.weight has shape (3, 64), not (192, 64)"),
+        ("extra", "blocks.0.mlp.fc3.bias is (3,), should be absent"),
+        ("misshapen", "blocks.0.attn.qkv.weight is (3, 64), should be (192, 64)"),
         ("channels", "images of 4 channels cannot be shown"),
         ("truncated", "is not a whole safetensors file"),
         ("text", "is not a whole safetensors file"),
@@ -182,7 +184,7 @@ def test_fid_of_samples_in_one_line(checkpoint, tmp_path, capsys):
     result = scored(capsys, folder, "--steps", "2", "--seed", "3", "--images", tmp_path / "images")
     samples = sample.generate(params, torch.arange(60) % 10, (1, 8, 8), steps=2, seed=3)
     quantised = ((samples.clamp(-1, 1) + 1) * 127.5).round() / 127.5 - 1
-    digits = (data.digits().shards[0].add(1).mul(127.5).round() / 127.5 - 1).flatten(1)
+    digits = (data.digits().items.add(1).mul(127.5).round() / 127.5 - 1).flatten(1)
     want = fid.frechet_distance(
         *fid.statistics(fid.accumulate(None, quantised.flatten(1))),
         *fid.statistics(fid.accumulate(None, digits)),
@@ -206,10 +208,11 @@ def test_fid_of_samples_in_one_line(checkpoint, tmp_path, capsys):
     ).all()
 
 
+@pytest.mark.slow
 def test_grey_images_go_through_inception_as_colours(checkpoint, tmp_path, capsys):
     weights, ten = tmp_path / "inception.safetensors", data.digits()
     save_file(test_inception.weights(), weights)
-    ten = ten._replace(shards=[ten.shards[0][:10]])
+    ten = ten._replace(items=ten.items[:10])
     words = [checkpoint[0], "--fid", "digits", "--count", "12", "--inception", weights]
     with mock.patch.object(data, "digits", lambda: ten):
         sample.main([str(word) for word in words], data.World())
@@ -252,20 +255,20 @@ def test_uniform_classes_depend_on_seed_and_index_alone(checkpoint, capsys):
     assert torch.equal(seen[0], seen[1][:7]) and seen[1].bincount(minlength=10).float().std() > 0.5
 
 
+@pytest.mark.slow  # starts processes
 def test_two_processes_draw_the_same_samples(checkpoint, capsys):
-    words = ["sample.py", str(checkpoint[0]), "--fid", "digits", "--count", "60"]
-    shared = json.loads(run(*LAUNCH, "2", *words).stdout)
-    alone = scored(capsys, checkpoint[0])
+    words = ["sample.py", checkpoint[0], "--fid", "digits", "--count", "60"]
+    [printed] = finish(start(*LAUNCH, 2, *words))
+    shared, alone = json.loads(printed), scored(capsys, checkpoint[0])
     assert shared.pop("fid") == pytest.approx(alone.pop("fid"), rel=1e-6) and shared == alone
 
 
-def test_two_processes_share_a_reference_whose_shards_are_odd(tmp_path, capsys):
+@pytest.mark.slow  # starts processes
+def test_two_processes_share_a_reference_whose_shards_are_odd(monkeypatch, tmp_path, capsys):
     paint(tmp_path / "images", 2, 5)
-    run(
-        "-c",
-        f"import data; data.SHARD = 5; data.main([{str(tmp_path / 'images')!r}, {str(tmp_path / 'data')!r}, "
-        "'--resolution', '8'], data.World())",
-    )
+    monkeypatch.setattr(data, "SHARD", 5)
+    data.main([str(tmp_path / "images"), str(tmp_path / "data"), "--resolution", "8"], data.World())
+    capsys.readouterr()
     save_file(test_inception.weights(), tmp_path / "inception.safetensors")
     params = model.init(
         (64, 1, 2), channels=3, classes=2, generator=torch.Generator().manual_seed(0)
@@ -281,12 +284,11 @@ def test_two_processes_share_a_reference_whose_shards_are_odd(tmp_path, capsys):
         "--inception",
         str(tmp_path / "inception.safetensors"),
     ]
-    shared = json.loads(run(*LAUNCH, "2", *words).stdout)
+    process = start(*LAUNCH, 2, *words)
     sample.main(words[1:], data.World())
-    alone = json.loads(capsys.readouterr().out)
-    assert shared["fid"] == pytest.approx(alone["fid"], rel=1e-5) and shared["is"] == pytest.approx(
-        alone["is"], rel=1e-5
-    )
+    alone, [printed] = json.loads(capsys.readouterr().out), finish(process)
+    for key in ("fid", "is"):
+        assert json.loads(printed)[key] == pytest.approx(alone[key], rel=1e-5)
 
 
 def test_what_data_py_wrote_is_a_reference_too(checkpoint, tmp_path, capsys):

@@ -1,13 +1,14 @@
-"""benchmarks/step.py: what its table promises."""
+"""benchmarks/step.py: the costs in its table."""
 
 import pytest
-
 import step
+
+pytestmark = pytest.mark.slow
 
 
 @pytest.mark.parametrize("size", ["B/2", "L/2", "XL/2"])
 def test_the_step_costs_what_is_claimed(size):
-    """In units of a forward: flow matching 3, ours at most 3.3 without guidance and 4.59 with, the authors' way 5 and 7."""
+    """In units of a forward: flow matching 3, ours at most 3.3, or 4.59 guided, the authors' 7."""
     unit = step.gigaflop(step.flow_matching, size, False) / 3
     assert unit * 1e9 == pytest.approx(
         {"B/2": 46.0e9, "L/2": 161.4e9, "XL/2": 237.2e9}[size], rel=1e-2

@@ -1,4 +1,4 @@
-"""train.py: the same run whether it is undisturbed, killed or shared, and bad input answered in one line."""
+"""train.py: a run is the same if it is killed, stopped or shared; bad input gets one line."""
 
 import io
 import json
@@ -6,11 +6,8 @@ import math
 import os
 import random
 import re
-import runpy
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from functools import partial
 from pathlib import Path
@@ -19,6 +16,7 @@ from unittest import mock
 import pytest
 import torch
 from conftest import paint
+from processes import LAUNCH, ROOT, fails, finish, fork, run, start
 from safetensors.torch import load_file, save_file
 
 import data
@@ -27,41 +25,12 @@ import model
 import sample
 import train
 
-ROOT = Path(train.__file__).parent
-ENVIRONMENT = {
-    **os.environ,
-    "OMP_NUM_THREADS": "1",
-    "CUDA_VISIBLE_DEVICES": "",
-}  # bit for bit is for CPUs
-LAUNCH = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
+slow = pytest.mark.slow  # starts processes
 
 
 def command(out, *flags, steps=60):
-    return [
-        "train.py",
-        "--out",
-        str(out),
-        "--batch",
-        "16",
-        "--steps",
-        str(steps),
-        "--save",
-        "10",
-        *flags,
-    ]
-
-
-def run(*words):
-    done = subprocess.run(
-        [sys.executable, *words],
-        cwd=ROOT,
-        env=ENVIRONMENT,
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
-    assert done.returncode == 0, done.stderr
-    return done
+    words = f"train.py --batch 16 --steps {steps} --save 10 --out"
+    return [*words.split(), str(out), *flags]
 
 
 def losses(folder):
@@ -83,9 +52,10 @@ def assert_same_bits(a, b):
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory):
     folder = tmp_path_factory.mktemp("undisturbed") / "run"
-    return folder, run(*command(folder)).stdout
+    return folder, run(*command(folder))
 
 
+@slow
 def test_a_run_leaves_what_it_promises(undisturbed):
     folder, printed = undisturbed
     assert {p.name for p in folder.iterdir()} == {"log.jsonl", ".lock"} | {
@@ -110,26 +80,25 @@ def test_a_run_leaves_what_it_promises(undisturbed):
         assert words in printed
 
 
+@slow
 def test_the_same_seed_gives_the_same_run_and_another_seed_another(undisturbed, tmp_path):
-    run(*command(tmp_path / "again"))
+    again = fork(*command(tmp_path / "again"))
+    finish(again, fork(*command(tmp_path / "other", "--seed", "1", steps=10)))
     assert losses(tmp_path / "again") == losses(undisturbed[0])
     assert_same_bits(final(tmp_path / "again"), final(undisturbed[0]))
-    run(*command(tmp_path / "other", "--seed", "1", steps=10))
     assert losses(tmp_path / "other")[0]["loss"] != losses(undisturbed[0])[0]["loss"]
 
 
+@slow
 def test_a_run_killed_at_random_continues_as_if_nothing_had_happened(undisturbed, tmp_path):
-    """Twenty times, every other one in the middle of saving: what is there is always whole, and in the end the same."""
+    """Kill a run twenty times, every other time while it saves, then let it finish.
+
+    Its saves are whole after each kill, and the result is bit for bit the undisturbed run's.
+    """
     folder, chance, halves = tmp_path / "run", random.Random(0), 0
     for kill in range(20):
         before = train.newest(folder)
-        process = subprocess.Popen(
-            [sys.executable, *command(folder, "--save", "2")],
-            cwd=ROOT,
-            env=ENVIRONMENT,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        )
+        process = fork(*command(folder, "--save", "2"))
         inside = (
             chance.choice([".tmp*", "tmp-state-*", "tmp-ema-*", "tmp-grid-*"])
             if kill % 2
@@ -139,14 +108,14 @@ def test_a_run_killed_at_random_continues_as_if_nothing_had_happened(undisturbed
         while train.newest(folder) == before and set(folder.glob(inside)) <= left:
             assert process.poll() is None, "the run ended before it was killed"
         time.sleep(0 if kill % 2 else 0.1 * chance.random())
-        process.send_signal(signal.SIGKILL)
+        process.kill()
         process.wait()
         halves += any(folder.glob("*tmp*"))
         last = train.newest(folder)
         assert last >= before and (last == 0 or all(final(folder, last)))
         with (folder / "log.jsonl").open("a") as log:
             log.write('{"step": 5')  # what a kill within a write leaves
-    run(*command(folder, "--save", "2"))
+    finish(fork(*command(folder, "--save", "2")))
     assert halves > 2, "too few kills came in the middle of saving"
     assert not list(folder.glob("*tmp*"))
     assert [entry["step"] for entry in losses(folder)] == list(range(2, 61, 2))
@@ -156,80 +125,82 @@ def test_a_run_killed_at_random_continues_as_if_nothing_had_happened(undisturbed
     assert_same_bits(final(folder), final(undisturbed[0]))
 
 
-def interrupt(words, folder):
-    """Starts the run `words` and, once it has saved, asks it to end by SIGTERM, to the last process that it started, if
-    any. Returns what it prints and the step that it saved then."""
-    process = subprocess.Popen(
-        [sys.executable, *words],
-        cwd=ROOT,
-        env=ENVIRONMENT,
-        stdout=subprocess.PIPE,
-        text=True,
-        stderr=subprocess.DEVNULL,
-    )
+def interrupt(process, folder):
+    """Once a run has saved, send SIGTERM to its last child or, if it has none, to itself.
+
+    Returns what it prints and the step that it saved in response.
+    """
     while train.newest(folder) == 0:
         assert process.poll() is None, "the run ended before it was stopped"
         time.sleep(0.001)
     workers = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     os.kill(int((workers or [process.pid])[-1]), signal.SIGTERM)
-    printed, _ = process.communicate(timeout=120)
-    assert process.returncode == 0
-    return printed, train.newest(folder)
+    return finish(process)[0], train.newest(folder)
 
 
+@slow
 def test_sigterm_saves_and_ends_and_the_run_goes_on(undisturbed, tmp_path):
     folder = tmp_path / "run"
-    printed, step = interrupt(command(folder, "--save", "7"), folder)
+    printed, step = interrupt(fork(*command(folder, "--save", "7")), folder)
     assert 7 <= step < 60 and f"stopped by SIGTERM after step {step}, which is saved" in printed
     assert [entry["step"] for entry in losses(folder)] == sorted({*range(7, step + 1, 7), step})
-    run(*command(folder, "--save", "7"))
+    finish(fork(*command(folder, "--save", "7")))
     assert_same_bits(final(folder), final(undisturbed[0]))
 
 
+@slow
 def test_sigterm_to_the_launcher_saves(tmp_path):
-    """As schedulers send it; torchrun itself ends with an error then, whatever its processes do."""
+    """Schedulers signal the launcher; torchrun then exits with an error whatever its workers do."""
     folder = tmp_path / "run"
-    process = subprocess.Popen(
-        [sys.executable, *LAUNCH, "2", *command(folder, "--save", "7")],
-        cwd=ROOT,
-        env=ENVIRONMENT,
-        stdout=subprocess.PIPE,
-        text=True,
-        stderr=subprocess.DEVNULL,
-    )
+    process = start(*LAUNCH, "2", *command(folder, "--save", "7"))
     while train.newest(folder) == 0:
         assert process.poll() is None, "the run ended before it was stopped"
         time.sleep(0.001)
     process.terminate()
     printed, _ = process.communicate(timeout=120)
-    assert (
-        7 <= train.newest(folder) < 60
-        and f"stopped by SIGTERM after step {train.newest(folder)}" in printed
-    )
+    step = train.newest(folder)
+    assert 7 <= step < 60 and f"stopped by SIGTERM after step {step}" in printed
 
 
+@slow
 def test_sigterm_to_one_process_ends_all_after_the_same_step_and_one_process_goes_on(
     undisturbed, tmp_path
 ):
     folder = tmp_path / "run"
-    printed, step = interrupt([*LAUNCH, "2", *command(folder, "--save", "7")], folder)
+    printed, step = interrupt(start(*LAUNCH, "2", *command(folder, "--save", "7")), folder)
     assert 7 <= step < 60 and printed.count(f"stopped by SIGTERM after step {step}") == 1
-    run(*command(folder))
+    finish(fork(*command(folder)))
     assert losses(folder)[-1] == pytest.approx(losses(undisturbed[0])[-1], rel=1e-2)
 
 
+@slow
 def test_a_longer_run_continues_a_shorter_one(undisturbed, tmp_path):
-    run(*command(tmp_path / "run", steps=20))
-    run(*command(tmp_path / "run"))
+    finish(fork(*command(tmp_path / "run", steps=20)))
+    finish(fork(*command(tmp_path / "run")))
     assert_same_bits(final(tmp_path / "run"), final(undisturbed[0]))
 
 
-@pytest.mark.parametrize("world, parts", [(1, 4), (2, 1), (2, 2), (4, 1)])
-def test_processes_and_parts_train_the_same_run(undisturbed, tmp_path, world, parts):
-    launcher = [*LAUNCH, str(world)] if world > 1 else []
-    run(*launcher, *command(tmp_path / "run", "--accumulate", str(parts), steps=20))
-    for shared, alone in zip(losses(tmp_path / "run"), losses(undisturbed[0])[:2], strict=True):
-        assert shared == pytest.approx(alone, rel=1e-4)
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory):
+    """The folders of runs shared by processes and cut into parts, {(processes, parts): path}."""
+    folders, processes = {}, []
+    for world, parts in SHARES:
+        folder = folders[world, parts] = tmp_path_factory.mktemp("shared") / "run"
+        words = command(folder, "--accumulate", parts, steps=20)
+        processes.append(start(*LAUNCH, world, *words) if world > 1 else fork(*words))
+    finish(*processes)
+    return folders
+
+
+SHARES = [(1, 4), (2, 1), (2, 2), (4, 1)]
+
+
+@slow
+@pytest.mark.parametrize("world, parts", SHARES)
+def test_processes_and_parts_train_the_same_run(undisturbed, shared, world, parts):
+    entries = losses(shared[world, parts])
+    for entry, alone in zip(entries, losses(undisturbed[0])[:2], strict=True):
+        assert entry == pytest.approx(alone, rel=1e-4)
 
 
 GRADIENTS = """
@@ -240,7 +211,8 @@ from functools import partial
 
 def main(argv, world):
     [way] = argv  # in float32 if compiled: torch 2.11 compiles no attention in float64
-    dtype, g = torch.float32 if way == "compiled" else torch.float64, torch.Generator().manual_seed(0)
+    dtype = torch.float32 if way == "compiled" else torch.float64
+    g = torch.Generator().manual_seed(0)
     params = model.init((256, 1, 2), channels=1, classes=10, generator=g)
     params = {{name: torch.nn.Parameter((p + 0.02 * torch.randn(p.shape, generator=g)).to(dtype))
               for name, p in params.items()}}
@@ -275,28 +247,27 @@ data.launch(main)
 """
 
 
-def gradients(folder, way, world):
+def gradients(folder, *runs):
+    """Return the gradients of each of `runs`, (way, processes), which run at the same time."""
     script = folder / "gradients.py"
     script.write_text(GRADIENTS.format(root=str(ROOT), folder=str(folder)))
-    launcher = [*LAUNCH, str(world)] if world > 1 else []
-    run(*launcher, str(script), way)
-    return torch.load(folder / f"{way}-{world}.pt", weights_only=True)
+    finish(*(start(*([*LAUNCH, n] if n > 1 else []), script, way) for way, n in runs))
+    return [torch.load(folder / f"{way}-{n}.pt", weights_only=True) for way, n in runs]
 
 
+@slow
 def test_gradients_are_averaged_over_processes_and_survive_the_compiler(tmp_path):
-    """Two processes' gradients are those of the whole batch in one, compiled or not; later steps compile nothing.
-    The usual way, jvp on the network inside DistributedDataParallel, leaves each process with its own."""
-    alone = gradients(tmp_path, "objective", 1)
-    for way, world, tolerance in (("objective", 2, 1e-11), ("compiled", 2, 1e-4)):
-        shared = gradients(tmp_path, way, world)
-        for name in alone:
-            assert (shared[name] - alone[name]).norm() <= tolerance * alone[name].norm(), (
-                way,
-                world,
-                name,
-            )
-    naive = gradients(tmp_path, "naive", 2)
-    assert all((naive[name] - alone[name]).norm() > 1e-2 * alone[name].norm() for name in alone)
+    """Two processes average their gradients to those of the whole batch, compiled or not.
+
+    The second step compiles nothing. The obvious way, jvp on the network inside
+    DistributedDataParallel, leaves each process with its own gradients.
+    """
+    runs = ("objective", 1), ("objective", 2), ("compiled", 2), ("naive", 2)
+    alone, eager, compiled, naive = gradients(tmp_path, *runs)
+    for name, want in alone.items():
+        for got, tolerance in ((eager, 1e-11), (compiled, 1e-4)):
+            assert (got[name] - want).norm() <= tolerance * want.norm(), (name, tolerance)
+        assert (naive[name] - want).norm() > 1e-2 * want.norm(), name
 
 
 # --- what is trained ---
@@ -324,7 +295,7 @@ def test_recipes_are_the_papers():
 
 @pytest.mark.parametrize("parts", [1, 2])
 def test_three_steps_are_adam_on_the_loss_and_the_average(tmp_path, parts):
-    """Against the definitions of Adam (arXiv 1412.6980, algorithm 1) and of the paper's loss."""
+    """Compare with Adam as defined in arXiv 1412.6980, algorithm 1, on the paper's loss."""
     words = ["--out", tmp_path / "run", "--batch", "8", "--steps", "3", "--accumulate", parts]
     with mock.patch.object(train, "report", lambda *_: None):
         train.main([str(word) for word in words], data.World())
@@ -354,7 +325,7 @@ def test_three_steps_are_adam_on_the_loss_and_the_average(tmp_path, parts):
 
 
 def test_the_log_holds_the_means_over_rows():
-    """Of two steps of unequal numbers of rows, those with r = t apart."""
+    """Average over two steps with different numbers of rows, those with r = t apart."""
     t = torch.tensor([0.5, 0.6, 0.7, 0.8, 0.9])
     r = torch.tensor([0.5, 0.6, 0.1, 0.2, 0.9])
     loss, raw = torch.arange(5.0), 10 * torch.arange(5.0)
@@ -381,7 +352,7 @@ def test_the_recipe_reaches_the_loss(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("batch, world, parts", [(16, 1, 1), (16, 2, 1), (12, 4, 1), (24, 2, 3)])
 def test_the_processes_share_out_the_draws(batch, world, parts):
-    """Each has its rows of the one batch, those with r = t first, as many as it says; and its parts have theirs."""
+    """Each process and each part has its own rows of one batch, counted rows with r = t first."""
 
     def first(rank, world, parts):
         return next(train.stream(data.digits(), batch, 3, 5, data.World(rank, world), parts))
@@ -394,19 +365,19 @@ def test_the_processes_share_out_the_draws(batch, world, parts):
         for k, part in enumerate(first(rank, world, parts))
     ]
     assert equal == sum(part[3] for _, part in shares)
-    for start, (px, py, pdraws, pequal) in shares:
+    for first_row, (px, py, pdraws, pequal) in shares:
         assert (pdraws.t[:pequal] == pdraws.r[:pequal]).all() and (
             pdraws.t[pequal:] > pdraws.r[pequal:]
         ).all()
         for mine, whole in zip((px, py, *pdraws), (x, y, *draws)):
-            assert torch.equal(mine, whole[start :: world * parts])
+            assert torch.equal(mine, whole[first_row :: world * parts])
 
 
 def test_old_saves_are_thinned(tmp_path):
-    """The last two stay, and the averaged weights of every 50,000th step."""
+    """The last two saves stay, and the averaged weights of every 50,000th step."""
     p = torch.nn.Parameter(torch.ones(3))
     adam = torch.optim.Adam([p])
-    adam.state[p] = {moment: torch.zeros(3) for moment in train.MOMENTS}
+    adam.state[p] = {moment: torch.zeros(3) for moment in ("exp_avg", "exp_avg_sq")}
     state = train.State({"w": p}, {"w": p.detach()}, adam)
     for step in range(25_000, 200_000, 25_000):
         train.save_checkpoint(tmp_path, step, state, {})
@@ -414,31 +385,29 @@ def test_old_saves_are_thinned(tmp_path):
     assert kept == {"ema": [50_000, 100_000, 150_000, 175_000], "state": [150_000, 175_000]}
 
 
-def test_the_distance_of_samples_is_logged_at_saves(tmp_path):
-    """The same from one process, from two, and from sample.py."""
-    found = []
-    for world, name in ((1, "one"), (2, "two")):
-        words = command(tmp_path / name, "--fid", "digits", "--count", "50", steps=20)
-        run(*([*LAUNCH, str(world)] if world > 1 else []), *words)
+@slow
+def test_the_distance_of_samples_is_logged_at_saves(tmp_path, capsys):
+    """One process, two processes and sample.py find the same distance."""
+    found, flags = [], ["--fid", "digits", "--count", "50"]
+    one, two = (command(tmp_path / name, *flags, steps=20) for name in ("one", "two"))
+    finish(fork(*one), start(*LAUNCH, 2, *two))
+    for name in ("one", "two"):
         lines = [entry for entry in losses(tmp_path / name) if "fid" in entry]
-        assert [line["step"] for line in lines] == [10, 20] and lines[1][
-            "reference"
-        ] == "digits, 1797 images"
-        assert lines[1]["features"] == "raw pixels in [-1, 1]" and lines[1]["count"] == 50
+        assert [line["step"] for line in lines] == [10, 20]
+        assert lines[1]["reference"] == "digits, 1797 images" and lines[1]["count"] == 50
+        assert lines[1]["features"] == "raw pixels in [-1, 1]"
         found.append(lines[1]["fid"])
-    alone = json.loads(
-        run("sample.py", str(tmp_path / "one"), "--fid", "digits", "--count", "50").stdout
-    )
-    assert alone["fid"] == pytest.approx(found[0], rel=1e-6) and found[1] == pytest.approx(
-        found[0], rel=1e-2
-    )
+    sample.main([str(tmp_path / "one"), *flags], data.World())
+    alone = json.loads(capsys.readouterr().out)
+    assert alone["fid"] == pytest.approx(found[0], rel=1e-6)
+    assert found[1] == pytest.approx(found[0], rel=1e-2)
 
 
 # --- weights of others ---
 
 
 def published(folder, seed=0, channels=4):
-    """Weights as DiT and SiT publish theirs: twice the channels out, no h_embedder, and extras."""
+    """Write weights as DiT and SiT do: twice the output channels, no h_embedder, and extras."""
     g = torch.Generator().manual_seed(seed)
     fresh = model.init((64, 2, 2), channels=channels, classes=10, generator=g)
     tensors = {name: p + 0.1 * torch.randn(p.shape, generator=g) for name, p in fresh.items()}
@@ -451,7 +420,7 @@ def published(folder, seed=0, channels=4):
 
 
 def test_warm_start_keeps_the_velocity_of_a_checkpoint_at_first(tmp_path):
-    """Which has eight channels out; t - r adds nothing until it is trained, and can be."""
+    """It has eight output channels; t - r adds nothing at first, but receives a gradient."""
     (tensors, path), g = published(tmp_path), torch.Generator().manual_seed(1)
     fresh = model.init((64, 2, 2), channels=4, classes=10, generator=g)
     params, line = train.warm_start(fresh, path, None)
@@ -487,20 +456,22 @@ def test_warm_start_takes_our_own_checkpoints_whole(tmp_path):
             (128, 2, 2),
             4,
             10,
-            ": x_embedder.proj.weight has shape (64, 4, 2, 2), not (128, 4, 2, 2): give --init a checkpoint",
+            ": x_embedder.proj.weight is (64, 4, 2, 2), should be (128, 4, 2, 2): "
+            "give --init a checkpoint",
         ),
         (
             (64, 3, 2),
             4,
             10,
-            "has 10 missing tensors, such as blocks.2.adaLN_modulation.1.bias: give",
+            ": blocks.2.attn.qkv.weight is missing, should be (192, 64): give --init",
         ),
-        ((64, 2, 2), 3, 10, ": x_embedder.proj.weight has shape (64, 4, 2, 2), not (64, 3, 2, 2)"),
+        ((64, 2, 2), 3, 10, ": x_embedder.proj.weight is (64, 4, 2, 2), should be (64, 3, 2, 2)"),
         (
             (64, 2, 2),
             4,
             1000,
-            ": y_embedder.embedding_table.weight has shape (11, 64), not (1001, 64): give --init a check",
+            ": y_embedder.embedding_table.weight is (11, 64), should be (1001, 64): "
+            "give --init a check",
         ),
     ],
 )
@@ -515,20 +486,6 @@ def test_warm_start_takes_nothing_that_does_not_fit(tmp_path, size, channels, cl
 
 
 # --- bad input ---
-
-
-def fails(monkeypatch, *argv):
-    """The message with which the script ends, as the interpreter would print it."""
-    monkeypatch.setattr(sys, "argv", [str(a) for a in argv])
-    monkeypatch.chdir(ROOT)
-    with pytest.raises(SystemExit) as end:
-        runpy.run_path(argv[0], run_name="__main__")
-    assert (
-        isinstance(end.value.code, str)
-        and "\n" not in end.value.code
-        and end.value.code.startswith(f"{argv[0]}: ")
-    )
-    return end.value.code
 
 
 @pytest.mark.parametrize(
@@ -585,6 +542,7 @@ def snapshot(folder):
     return {p.name: p.read_bytes() for p in folder.iterdir()}
 
 
+@slow
 @pytest.mark.parametrize(
     "flags, words",
     [
@@ -602,6 +560,7 @@ def test_another_runs_folder_is_left_as_it_is(monkeypatch, undisturbed, flags, w
     assert snapshot(undisturbed[0]) == before
 
 
+@slow
 @pytest.mark.parametrize(
     "change, flags, words",
     [
@@ -646,27 +605,27 @@ def test_a_file_for_a_folder(monkeypatch, tmp_path):
     assert (tmp_path / "run").read_text() == "mine"
 
 
+@slow
 def test_other_files_in_a_folder_are_left_alone(undisturbed, tmp_path):
     folder = shutil.copytree(undisturbed[0], tmp_path / "run")
     shutil.copy(folder / "ema-00000060.safetensors", folder / "ema-best.safetensors")
-    run(*command(folder, steps=80))
+    finish(fork(*command(folder, steps=80)))
     assert {p.name for p in folder.glob("ema-*")} == {
         f"ema-{k}.safetensors" for k in ("best", "00000070", "00000080")
     }
-    assert sample.load(folder)[1]["step"] == "80"
+    assert sample.find_checkpoint(folder) == folder / "ema-00000080.safetensors"
 
 
 def test_a_loss_that_is_not_finite_ends_the_run_and_costs_no_save(monkeypatch, tmp_path):
-    message = fails(monkeypatch, *command(tmp_path / "run", "--lr", "1e30"))
-    assert re.search(
-        r"not finite at step 2 in 16 rows, with \(t, r\) = (\(0\.\d{4}, 0\.\d{4}\), ){8}\.\.\.; nothing was",
-        message,
-    )
+    message = fails(monkeypatch, *command(tmp_path / "run", "--lr", "1e30", "--save", "2"))
+    pairs = r"(\(0\.\d{4}, 0\.\d{4}\), ){8}\.\.\."
+    where = r"not finite at step 2 in 16 rows, with \(t, r\)"
+    assert re.search(f"{where} = {pairs}; nothing was", message)
     assert all(math.isfinite(entry["loss"]) for entry in losses(tmp_path / "run"))
 
 
 def test_weights_that_are_not_finite_are_not_saved(monkeypatch, tmp_path):
-    """The loss of step 1 is made before its update, which then is too large."""
+    """The loss of step 1 is computed before the update, which is too large."""
     message = fails(monkeypatch, *command(tmp_path / "run", "--lr", "1e39", "--save", "1"))
     assert (
         "the weights are not finite after step 1; nothing was saved; choose another --out"
@@ -681,30 +640,21 @@ def test_two_runs_do_not_write_to_one_folder(monkeypatch, tmp_path):
     lock.close()
 
 
-def test_what_fails_on_one_process_ends_all_with_one_line(tmp_path):
-    """Here --data is damaged in a shard that the second of two processes checks."""
+@slow
+def test_what_fails_on_one_process_ends_all_with_one_line(monkeypatch, tmp_path):
+    """A shard of --data that the second of two processes checks is damaged."""
     paint(tmp_path / "images", 2, 6)
-    convert = f"import data; data.SHARD = 6; data.main([{str(tmp_path / 'images')!r}, {str(tmp_path / 'data')!r}], data.World())"
-    run("-c", convert)
+    monkeypatch.setattr(data, "SHARD", 6)
+    data.main([str(tmp_path / "images"), str(tmp_path / "data")], data.World())
     shard = tmp_path / "data" / "shard-00001.safetensors"
     shard.write_bytes(shard.read_bytes()[:-1] + b"?")
     words = [*LAUNCH, "2", *command(tmp_path / "run", "--data", str(tmp_path / "data"))]
-    done = subprocess.run(
-        [sys.executable, *words],
-        cwd=ROOT,
-        env=ENVIRONMENT,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert done.returncode != 0 and not (tmp_path / "run").exists()
-    assert (
-        done.stderr.count("train.py: ") == 1
-        and f"train.py: {shard} does not have the checksum" in done.stderr
-    )
-    assert "Traceback" not in done.stderr.split("failed (exitcode")[0], (
-        "what follows is torchrun's own"
-    )
+    process = start(*words)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode != 0 and not (tmp_path / "run").exists()
+    assert errors.count("train.py: ") == 1
+    assert f"train.py: {shard} does not have the checksum" in errors
+    assert "Traceback" not in errors.split("failed (exitcode")[0], "what follows is torchrun's own"
 
 
 def test_a_folder_with_a_foreign_log_is_left_as_it_is(monkeypatch, tmp_path):
@@ -714,9 +664,10 @@ def test_a_folder_with_a_foreign_log_is_left_as_it_is(monkeypatch, tmp_path):
         assert "choose another --out" in message and (tmp_path / "log.jsonl").read_text() == text
 
 
+@slow
 def test_without_the_last_save_the_one_before_is_continued(undisturbed, tmp_path):
     folder = shutil.copytree(undisturbed[0], tmp_path / "run")
     (folder / "state-00000060.safetensors").unlink()
-    run(*command(folder))
+    finish(fork(*command(folder)))
     assert_same_bits(final(folder), final(undisturbed[0]))
     assert losses(folder) == losses(undisturbed[0])

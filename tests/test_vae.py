@@ -1,4 +1,4 @@
-"""The Stable-Diffusion VAE: that it computes what diffusers' AutoencoderKL computes, and which files it takes."""
+"""The Stable Diffusion VAE: it computes what diffusers' AutoencoderKL does; which files load."""
 
 import math
 import pickle
@@ -14,18 +14,19 @@ from safetensors.torch import save_file
 
 import data
 
+pytestmark = pytest.mark.slow  # the network takes seconds
 FULL, SMALL = (128, 256, 512, 512), (64, 96, 128, 128)
 
 
 @contextmanager
 def widths(widths):
-    """The same network with fewer channels, to be fast; nothing but `vae_shapes` reads WIDTHS."""
+    """Give the network fewer channels, for speed; only `vae_shapes` reads WIDTHS."""
     with mock.patch.object(data, "WIDTHS", widths):
         yield
 
 
 def weights(channels=SMALL, dtype=torch.float64, seed=0):
-    """Random parameters with activations of about unit size, none of which is zero or one."""
+    """Return random parameters, none of them zero or one, that keep activations near unit size."""
     g = torch.Generator().manual_seed(seed)
     with widths(channels):
         shapes = data.vae_shapes()
@@ -39,14 +40,14 @@ def weights(channels=SMALL, dtype=torch.float64, seed=0):
 
 
 def inputs(batch, height, width, dtype=torch.float64, seed=0):
-    """Images, (batch, 3, height, width) in [-1, 1], and latents for images of that size."""
+    """Return images, (batch, 3, height, width) in [-1, 1], and latents for that size."""
     g = torch.Generator().manual_seed(seed)
     images = torch.rand(batch, 3, height, width, generator=g, dtype=dtype) * 2 - 1
     return images, torch.randn(batch, 4, height // 8, width // 8, generator=g, dtype=dtype)
 
 
 def oracle(params, channels=SMALL):
-    """diffusers' AutoencoderKL with these parameters."""
+    """Return diffusers' AutoencoderKL with these parameters."""
     config = dict(
         block_out_channels=channels,
         layers_per_block=2,
@@ -56,9 +57,7 @@ def oracle(params, channels=SMALL):
         down_block_types=["DownEncoderBlock2D"] * 4,
         up_block_types=["UpDecoderBlock2D"] * 4,
     )
-    with torch.device(
-        "meta"
-    ):  # else it draws weights of its own first, which takes longer than all the rest
+    with torch.device("meta"):  # do not spend time on drawing initial weights
         model = AutoencoderKL(**config)
     model.load_state_dict(params, strict=True, assign=True)
     return model.eval().requires_grad_(False)
@@ -115,7 +114,7 @@ def test_log_variance_is_clamped():
 
 
 def test_every_parameter_matters():
-    """But for the keys' biases, which add the same to all scores of a query."""
+    """All but the keys' biases, which add the same to all scores of a query."""
     params, (images, z) = (
         {name: p.requires_grad_() for name, p in weights().items()},
         inputs(1, 16, 24),
@@ -160,10 +159,10 @@ def test_chunks_do_not_matter(chunk):
 
 def test_compiles_without_a_break():
     params, (images, z) = weights(), inputs(3, 16, 16)
-    run = lambda params, images, z: (
-        *data.encode(params, images, chunk=2),
-        data.decode(params, z, chunk=2),
-    )
+
+    def run(params, images, z):
+        return *data.encode(params, images, chunk=2), data.decode(params, z, chunk=2)
+
     compiled = torch.compile(run, fullgraph=True, backend="eager")
     for ours, want in zip(compiled(params, images, z), run(params, images, z)):
         assert error(ours, want) < 1e-13
@@ -248,11 +247,14 @@ def test_a_file_with_the_old_names_loads(tmp_path, axes):
 
 
 CHANGES = {  # what is done to the tensors: what the message must name
-    "missing": (lambda p: p.pop("quant_conv.bias"), "1 missing .*quant_conv.bias"),
-    "unknown": (lambda p: p.update({"loss.logvar": torch.zeros(1)}), "1 unknown .*loss.logvar"),
+    "missing": (lambda p: p.pop("quant_conv.bias"), "quant_conv.bias is missing"),
+    "unknown": (
+        lambda p: p.update({"loss.logvar": torch.zeros(1)}),
+        r"loss.logvar is \(1,\), should be absent",
+    ),
     "shape": (
         lambda p: p.update({"quant_conv.bias": torch.zeros(9)}),
-        r"quant_conv.bias .*\(9,\), not \(8,\)",
+        r"quant_conv.bias is \(9,\), should be \(8,\)",
     ),
     "nan": (
         lambda p: p["decoder.conv_in.bias"].fill_(torch.nan),
@@ -262,17 +264,17 @@ CHANGES = {  # what is done to the tensors: what the message must name
         lambda p: p["quant_conv.weight"].view(-1)[3:4].fill_(torch.inf),
         "quant_conv.weight .*not finite",
     ),
-    "empty": (lambda p: p.clear(), "248 missing"),
+    "empty": (lambda p: p.clear(), "quant_conv.weight is missing"),
     "LDM": (
         lambda p: (
             p.clear(),
             p.update({"first_stage_model.encoder.down.0.block.0.norm1.bias": torch.zeros(1)}),
         ),
-        "248 missing .*decoder.conv_in.bias",
+        "quant_conv.weight is missing",
     ),
     "LDM's VAE": (
         lambda p: (p.clear(), p.update({"encoder.down.0.block.0.norm1.bias": torch.zeros(1)})),
-        "248 missing .*decoder.conv_in.bias",
+        "quant_conv.weight is missing",
     ),
 }
 
