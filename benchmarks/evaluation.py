@@ -115,7 +115,7 @@ def main(argv=None):
     parser.add_argument("--seconds", type=float, default=20.0, help="for each figure")
     args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
-    device = data.local_device()
+    device = data.pick_device(0)
     name = torch.cuda.get_device_name() if device.type == "cuda" else f"{args.threads} threads"
     batch = 100 if device.type == "cuda" else 4
     print(

@@ -1,4 +1,7 @@
+import signal
+
 import numpy as np
+import pytest
 import torch
 from hypothesis import Phase, settings
 from PIL import Image
@@ -17,6 +20,14 @@ settings.register_profile(
     report_multiple_bugs=False,
 )
 settings.load_profile("default")
+
+
+@pytest.fixture(autouse=True)
+def sigterm():
+    """Undo the handler of SIGTERM that training sets."""
+    before = signal.getsignal(signal.SIGTERM)
+    yield
+    signal.signal(signal.SIGTERM, before)
 
 
 def paint(folder, classes, each, side=None):

@@ -432,7 +432,7 @@ MUTANTS = {
          [test_inception.test_resize_is_tensorflows_to_the_bit, (512, 300)]),
         ('height for width',
          'for size in (x.shape[3], x.shape[2])',
-         'for size in (x.shape[2], x.shape[3])',
+         'for size in (x.shape[2], x.shape[2])',
          test_inception.test_agrees_with_what_torch_fidelity_once_gave),
         ('nearest pixels',
          '(at - low)',

@@ -180,6 +180,11 @@ def test_a_longer_run_continues_a_shorter_one(undisturbed, tmp_path):
     assert_same_bits(final(tmp_path / "run"), final(undisturbed[0]))
 
 
+def share(world, script, *words):
+    """Start so many processes that train one run."""
+    return start(*LAUNCH, world, "tests/train_without_report.py", *words)
+
+
 @pytest.fixture(scope="module")
 def shared(tmp_path_factory):
     """The folders of runs shared by processes and cut into parts, {(processes, parts): path}."""
@@ -187,7 +192,7 @@ def shared(tmp_path_factory):
     for world, parts in SHARES:
         folder = folders[world, parts] = tmp_path_factory.mktemp("shared") / "run"
         words = command(folder, "--accumulate", parts, steps=20)
-        processes.append(start(*LAUNCH, world, *words) if world > 1 else fork(*words))
+        processes.append(share(world, *words) if world > 1 else fork(*words))
     finish(*processes)
     return folders
 
@@ -390,7 +395,7 @@ def test_the_distance_of_samples_is_logged_at_saves(tmp_path, capsys):
     """One process, two processes and sample.py find the same distance."""
     found, flags = [], ["--fid", "digits", "--count", "50"]
     one, two = (command(tmp_path / name, *flags, steps=20) for name in ("one", "two"))
-    finish(fork(*one), start(*LAUNCH, 2, *two))
+    finish(fork(*one), share(2, *two))
     for name in ("one", "two"):
         lines = [entry for entry in losses(tmp_path / name) if "fid" in entry]
         assert [line["step"] for line in lines] == [10, 20]
