@@ -16,11 +16,9 @@ index:
     index.json                  kind, resolution, channels, scale, VAE, classes and their counts,
                                 the files left out, each shard's count and checksum
 
-digits.npz holds the 1,797 grey 8x8 images of the test part of *Optical Recognition of Handwritten
-Digits* (E. Alpaydin, C. Kaynak; UCI Machine Learning Repository, 1998, CC BY 4.0) as scikit-learn
-distributes them: `images`, (1797, 8, 8) uint8 from 0 to 16, and `labels`, (1797,) uint8.
-
-The last two sections, files and processes, serve the command lines of the other files too.
+digits.npz holds 1,797 grey digits, 8x8 uint8 from 0 to 16 (E. Alpaydin, C. Kaynak: Optical
+Recognition of Handwritten Digits, UCI, 1998, CC BY 4.0). The last sections, files and processes,
+serve the other files as well.
 """
 
 import argparse
@@ -93,8 +91,8 @@ def permutation(count, seed, epoch):
 def epoch_indices(count, batch, *, seed, step):
     """Return which of `count` items the batch of `step` holds, (batch,) int64.
 
-    Every epoch is its own permutation of all items. Batches are cut from the epochs laid end to
-    end, so no item is left out, not even where one epoch ends and the next begins.
+    Every epoch is its own permutation of all items, and batches are cut from the epochs laid end to
+    end, so that no item is left out.
     """
     places = torch.arange(step * batch, (step + 1) * batch)
     epochs = places // count
@@ -224,10 +222,9 @@ def vae_shapes():
 def load_vae(path, device="cpu", dtype=torch.float32):
     """Return the VAE's parameters, {name: float32 tensor}, from its safetensors file.
 
-    The file of -mse has 334,643,276 bytes and SHA-256
-    a1d993488569e928462932c8c38a0760b874d166399b14414135bd9c42df5815; -ema has the same names. Older
-    names of the attention layers are accepted. Raises FileNotFoundError or ValueError, with one
-    line, for a file with other tensors.
+    -mse has SHA-256 a1d993488569e928462932c8c38a0760b874d166399b14414135bd9c42df5815; -ema has the
+    same names. Older names of the attention layers are accepted. Raises FileNotFoundError or
+    ValueError, with one line, for a file with other tensors.
     """
     tensors, vae = read_tensors(path, FETCH)[0], {}
     for name, p in tensors.items():
@@ -339,8 +336,7 @@ def decode(vae, z, *, chunk=None):
 def read_image(path):
     """Return an image file as a PIL image in RGB.
 
-    Raises ValueError, with one line, for bytes that are not an image of 8 bits a channel, and
-    OSError if the disk fails.
+    Raises ValueError for bytes that are not an image of 8 bits a channel, OSError for a bad disk.
     """
     try:
         with Image.open(path) as image:
@@ -355,11 +351,8 @@ def read_image(path):
 
 
 def centre_crop(image, size):
-    """Return the centre of a PIL image as ADM (arXiv 2105.05233) crops it, (3, size, size) uint8.
-
-    The image is halved by averaging while it is at least twice too large, then its shorter side is
-    brought to `size` by bicubic interpolation.
-    """
+    """Return the centre of a PIL image as ADM (arXiv 2105.05233) crops it, (3, size, size) uint8:
+    halved by averaging while at least twice too large, then interpolated to `size`, bicubic."""
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
     scaled = [round(side * size / min(image.size)) for side in image.size]
@@ -484,8 +477,7 @@ def sha256(path):
 def atomic_write(path):
     """Yield a temporary path to write to, which then becomes `path`.
 
-    Whenever the process is killed, `path` is either whole or as before. Raises OSError, with one
-    line, if the disk is full.
+    Whenever the process is killed, `path` is whole or as before. Raises OSError on a full disk.
     """
     temporary = path.with_name(f"tmp-{path.name}")
     try:
@@ -500,10 +492,8 @@ def atomic_write(path):
 
 
 def save_tensors(path, tensors, metadata=None):
-    """Write tensors to a safetensors file, atomically.
-
-    safetensors varies the order of metadata entries: give one if the checksum must not vary.
-    """
+    """Write a safetensors file. Several metadata entries would be in varying order, and so give
+    varying checksums."""
     with atomic_write(path) as temporary:
         tensors = {name: p.detach().cpu().contiguous() for name, p in tensors.items()}
         save_file(tensors, temporary, metadata)
@@ -677,11 +667,8 @@ def convert(args, files, about, vae, world):
     shards = [args.out / f"shard-{k:05}.safetensors" for k in range(-(-len(files) // SHARD))]
     index = args.out / "index.json"
     known = read_index(index)["shards"] if index.exists() else {}
-    todo = {
-        k: path
-        for k, path in list(enumerate(shards))[world.rank :: world.size]
-        if not is_complete(path, about["source"], known.get(path.name))
-    }
+    todo = {k: shards[k] for k in range(world.rank, len(shards), world.size)}
+    todo = {k: p for k, p in todo.items() if not is_complete(p, about["source"], known.get(p.name))}
     write_shards(args.images, files, about, todo, vae, world)
     barrier()
     if world.rank == 0:

@@ -145,11 +145,8 @@ def inception_shapes():
 
 
 def fold(tensors):
-    """Fold each batch norm (eps 1e-3) of the published tensors into its convolution.
-
-    Returns NAME.weight, NAME.bias and fc.weight, float32: a tenth faster where nothing is compiled,
-    and as close to float64, within 1e-6.
-    """
+    """Fold each batch norm (eps 1e-3) of the published tensors into its convolution: return
+    NAME.weight, NAME.bias and fc.weight, float32. A tenth faster, and as close to float64."""
     params = {"fc.weight": tensors["fc.weight"]}
     for name in [k.removesuffix(".conv.weight") for k in tensors if k.endswith(".conv.weight")]:
         weight, bias, mean, variance = (tensors[f"{name}.bn.{k}"].double() for k in BATCH_NORM)
@@ -164,8 +161,7 @@ def load_inception(path):
     """Return the parameters for `inception`, {name: float32 tensor}, and the file's sha256 in hex.
 
     path: the published file, told by its checksum, or a .safetensors file of float32 tensors with
-    its names and shapes. No other pickle is opened. Raises FileNotFoundError or ValueError, with
-    one line.
+    its names and shapes. No other pickle is opened. Raises FileNotFoundError or ValueError.
     """
     fetch = f"fetch {INCEPTION}"
     if not os.path.isfile(path):
@@ -194,7 +190,6 @@ def resize(images):
     it shrinks, then (x - 128) / 128. A better resize gives other FIDs than those published.
     Positions are float32, as TensorFlow's: other rounding shows in the fifth digit.
     """
-
     x = images.float()
     for size in (x.shape[3], x.shape[2]):  # columns, then rows
         at = torch.arange(299, dtype=torch.float32, device=x.device) * (size / 299)
@@ -257,10 +252,9 @@ def inception(params, images, *, network=network):
 def inception_score(logits, splits=10, *, shuffle=True):
     """Return mean and deviation over `splits` parts of exp(mean KL(p(y|x) || p(y))).
 
-    In float64, as torch-fidelity computes it, in the order of np.random.RandomState(2020), a stream
-    that NumPy has frozen: of images sorted by class, a split would hold few classes and score too
-    low. shuffle=False with splits = N / 5000 gives the mean of ADM's evaluator. Raises ValueError
-    for fewer images than splits.
+    float64, as torch-fidelity computes it, in the order of np.random.RandomState(2020), which NumPy
+    has frozen: sorted by class, a split would hold few classes and score too low. shuffle=False and
+    splits = N / 5000 give the mean of ADM's evaluator. Raises ValueError for too few images.
     """
     count, scores = len(logits), []
     if not 1 <= splits <= count:
@@ -284,7 +278,7 @@ def accumulate(state, features):
     """Add features, (n, d), to running statistics (count, mean (d,), scatter (d, d)), or None.
 
     float64. Each batch is centred on its own mean and the means are combined (Chan, Golub, LeVeque
-    1983), so a large common offset costs no digits, as it would in sums of raw products.
+    1983), so a large common offset costs no digits.
     """
     features = features.double()
     n, mean = len(features), features.mean(0)
@@ -310,8 +304,8 @@ def all_gather(value):
 def gather(state):
     """Return the statistics of all processes' items, on each of them and on the CPU.
 
-    The means are exchanged, then each process moves its scatter to the common mean: there is one
-    all-reduce of d x d numbers, and no digit is lost. A process without items has None.
+    Means are exchanged, then each process moves its scatter to the common mean: one all-reduce of
+    d x d numbers, and no digit is lost. A process without items has None.
     """
     parts = [part for part in all_gather(state and (state[0], state[1].cpu())) if part]
     if len({len(mean) for _, mean in parts}) > 1:
@@ -366,10 +360,8 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
 
 
 def nearest(features, reals, *, exclude_self=False):
-    """Return each feature's nearest item in `reals`, (m, d), and the distance to it, both (n,).
-
-    exclude_self: `features` is `reals`, and an item is not its own neighbour.
-    """
+    """Return the index of each feature's nearest item in `reals`, (m, d), and the distance, (n,).
+    exclude_self: `features` is `reals`, and an item is not its own neighbour."""
     distance = torch.cdist(features, reals, compute_mode="donot_use_mm_for_euclid_dist")
     if exclude_self:
         distance.fill_diagonal_(torch.inf)
@@ -436,10 +428,10 @@ def npz_images(path):
 
 
 def load_images(path, count=None, rank=0, world=1):
-    """Return an iterator over the images rank::world of the first `count`, or of all.
+    """Return an iterator over the images rank::world, (C, H, W) uint8, of the first `count` or all.
 
-    path: a folder of images, an .npz, what data.py wrote as pixels, or "digits". Images are
-    (C, H, W) uint8. Raises ValueError if there are fewer than `count`, or than two.
+    path: a folder of images, an .npz, what data.py wrote as pixels, or "digits". Raises ValueError
+    if there are fewer than `count`, or than two.
     """
     import data
 

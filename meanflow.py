@@ -98,8 +98,8 @@ def guide(net, z, t, v, y, *, null, omega, kappa, interval=(0, 1), v_class=None)
 def derivative(net, z, t, r, v, y, *, jvp=torch.func.jvp):
     """Return du/dt of u = net(z, t, r, y) along dz/dt = v, dt/dt = 1, dr/dt = 0 (Eq. 8).
 
-    This is the Jacobian-vector product of net with (v, 1, 0), one forward-mode pass, without
-    gradient. `jvp` has the signature of torch.func.jvp. Returns (B, ...).
+    The Jacobian-vector product of net with (v, 1, 0), (B, ...), in one forward-mode pass, without
+    gradient. `jvp` has the signature of torch.func.jvp.
     """
     with sdpa_kernel(SDPBackend.MATH):  # the only attention kernel with forward-mode derivatives
         # clone: compiled code cannot take derivatives with respect to slices of other tensors
@@ -196,9 +196,7 @@ def sample(net, e, y, steps=1):
         times = [i / max(steps, 1) for i in range(steps, -1, -1)]
     decreasing = all(t > r for t, r in pairwise(times))
     if len(times) < 2 or not decreasing or times[0] > 1 or times[-1] < 0:
-        raise ValueError(
-            f"steps = {steps}: give a whole number >= 1, or at least two decreasing times in [0, 1]"
-        )
+        raise ValueError(f"steps = {steps}: give an integer >= 1, or decreasing times in [0, 1]")
     z = e
     for t, r in pairwise(e.new_tensor(times).expand(len(e), -1).unbind(1)):
         z = z - append_dims(t - r, z) * net(z, t, r, y)

@@ -5,7 +5,7 @@
     torchrun --nproc-per-node 8 train.py --size XL --data data/imagenet       on eight GPUs
 
 The same command continues a stopped run from its last save, with any number of processes. SIGTERM
-makes it save and end. The run's folder holds
+makes it save, without grid and scores, and end. The run's folder holds
 
     ema-STEP.safetensors      averaged weights, for sample.py and for sharing: the last two saves
                               and every 50,000th step
@@ -13,8 +13,6 @@ makes it save and end. The run's folder holds
     grid-STEP.png             one-step samples of the averaged weights, always from the same noise
     log.jsonl                 the run's arguments, then mean losses every 50 steps and at saves and,
                               with --fid, scores at saves
-
-A save on SIGTERM has neither grid nor scores.
 """
 
 import argparse
@@ -262,12 +260,6 @@ def last_good(folder):
     return f"{last or 'nothing was saved'}; choose another --out and a smaller --lr"
 
 
-def check_weights(params, step, folder):
-    """Raise ValueError if a weight is not finite."""
-    if not all(p.isfinite().all() for p in params.values()):
-        raise ValueError(f"the weights are not finite after step {step}; {last_good(folder)}")
-
-
 def log_scores(log, step, model, scorer, count, world):
     """Write a line of how good `count` samples of the averaged weights are; all processes draw."""
     labels = torch.arange(count) % config(model.params).classes
@@ -377,8 +369,8 @@ def load_dataset(args, world):
 def load_external(path):
     """Return the tensors, {name: tensor}, and metadata of a checkpoint, whoever wrote it.
 
-    Of a pickle, which may hold no code, it takes the averaged weights if there are some. Raises
-    ValueError or FileNotFoundError, with one line.
+    Of a pickle, in which code is refused, the averaged weights are taken if there are some. Raises
+    ValueError or FileNotFoundError.
     """
     hint = "give --init a .safetensors or .pt file of weights"
     if Path(path).suffix == ".safetensors" or not Path(path).is_file():
@@ -399,9 +391,8 @@ def warm_start(params, path, classes):
 
     Of an output of twice the channels, as DiT and SiT have for a variance, the first half is kept.
     A missing `h_embedder` is created so that it adds nothing: at first u(z, t, r) is the
-    checkpoint's v(z, t). That is of use if v is e - x at z = (1 - t) x + t e with t in [0, 1], as
-    in REPA's SiT. SiT's own time runs from noise to data and its velocity is x - e; DiT's times are
-    0 ... 999 and its output is noise. Also returns a line that says what was taken.
+    checkpoint's v(z, t), of use if that is e - x at z = (1 - t) x + t e, as in REPA's SiT. SiT's
+    time and velocity are reversed, DiT predicts noise. Also returns a line on what was taken.
     """
     tensors, metadata = load_external(path)
     if "run" in metadata and json.loads(metadata.get("classes", "null")) not in (None, classes):
@@ -452,16 +443,9 @@ def open_run(args, dataset, start, world):
     """
     kind, shape = dataset.kind, dataset.shape
     images = sample.image_shape(kind, shape)
-    run = {
-        "size": args.size,
-        "data": dataset.name,
-        "init": args.init,
-        "seed": args.seed,
-        **args.recipe._asdict(),
-        "interval": list(args.recipe.interval),
-        "commit": commit(),
-        "torch": torch.__version__,
-    }
+    run = {name: getattr(args, name) for name in ("size", "init", "seed")}
+    run |= {"data": dataset.name, "commit": commit(), "torch": torch.__version__}
+    run |= args.recipe._asdict() | {"interval": list(args.recipe.interval)}
     lines = read_log(args.out, start, run)
     metadata = {
         "model": f"MeanFlow (arXiv 2505.13447), averaged weights of a DiT-{args.size}",
@@ -473,7 +457,6 @@ def open_run(args, dataset, start, world):
     vae = None if args.vae is None else sample.load_decoder(args.vae, world.device)
     if args.fid and kind == "latents" and not vae:
         raise ValueError("--fid needs --vae, sd-vae-ft-mse's file, to decode latents")
-
     scorer = fid.scorer(args.fid, args.inception, images, world) if args.fid else None
     state = begin(args, dataset, start, world)
     model = sample.ImageModel(state.ema, kind, shape, vae)
@@ -493,11 +476,17 @@ def any_process(flag):
     return bool(flag)
 
 
-def save_samples(path, model):
-    """Write a grid of one-step samples of all classes, always from the same noise."""
-    labels = torch.arange(100) * config(model.params).classes // 100
-    x = sample.generate(model.params, labels, model.shape)
-    sample.save_grid(sample.to_uint8(x, model.kind, model.vae), path)
+def save(folder, step, state, model, metadata, skip_grid):
+    """Write the sample grid, always from the same noise, then the checkpoint; on SIGTERM skip the
+    grid. Raise ValueError, and write nothing, if a weight is not finite."""
+    if not all(p.isfinite().all() for p in state.params.values()):
+        raise ValueError(f"the weights are not finite after step {step}; {last_good(folder)}")
+    if not skip_grid:
+        labels = torch.arange(100) * config(model.params).classes // 100
+        x = sample.generate(model.params, labels, model.shape)
+        images = sample.to_uint8(x, model.kind, model.vae)
+        sample.save_grid(images, folder / f"grid-{step:08}.png")
+    save_checkpoint(folder, step, state, metadata)
 
 
 def main(argv, world):
@@ -528,12 +517,8 @@ def main(argv, world):
         if saving or step % LOG_EVERY == 0:
             log_means(log, folder, history)
             history.clear()
-        if saving:
-            check_weights(params, step, folder)
         if saving and world.rank == 0:
-            if not stopped:
-                save_samples(folder / f"grid-{step:08}.png", model)
-            save_checkpoint(folder, step, state, metadata)
+            save(folder, step, state, model, metadata, skip_grid=stopped)
         if stopped:
             break
         if saving and scorer:

@@ -106,7 +106,7 @@ def test_colour_and_many_rows(tmp_path):
             ["--classes", "cat"],
             "--classes cat: give numbers separated by commas, as 3,1,4",
         ),
-        (["--steps", "0"], "steps = 0: give a whole number >= 1"),
+        (["--steps", "0"], "steps = 0: give an integer >= 1"),
         (["--steps", "two"], "argument --steps: invalid int value: 'two'"),
         (["--out", "digits"], "digits has an unsupported image suffix: name it .png"),
     ],
@@ -327,3 +327,17 @@ def test_what_data_py_wrote_is_a_reference_too(checkpoint, tmp_path, capsys):
 )
 def test_bad_evaluations(monkeypatch, checkpoint, flags, words):
     assert words in fails(monkeypatch, "sample.py", checkpoint[0], *flags)
+
+
+def test_a_process_without_a_share_draws_nothing(checkpoint):
+    """Four processes draw two samples: two of them have none, and the others theirs."""
+    model = sample.load(checkpoint[0])
+    shares = [
+        sample.evaluate(model, list, torch.arange(2), data.World(rank, 4)) for rank in range(4)
+    ]
+    assert [sum(map(len, share)) for share in shares] == [1, 1, 0, 0]
+
+
+def test_only_the_first_process_writes_the_picture(checkpoint, tmp_path, capsys):
+    sample.main([str(checkpoint[0]), "--out", str(tmp_path / "x.png")], data.World(1, 2))
+    assert not (tmp_path / "x.png").exists() and not capsys.readouterr().out

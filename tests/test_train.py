@@ -676,3 +676,24 @@ def test_without_the_last_save_the_one_before_is_continued(undisturbed, tmp_path
     finish(fork(*command(folder)))
     assert_same_bits(final(folder), final(undisturbed[0]))
     assert losses(folder) == losses(undisturbed[0])
+
+
+def test_weights_in_any_nesting_are_found(tmp_path):
+    """{"ema": ...} before {"model": ...}, one inside the other, or none of them."""
+    w, other = {"w": torch.ones(1)}, {"w": torch.zeros(1)}
+    nestings = [w, {"model": w}, {"ema": w, "model": other}, {"ema": {"model": w}}]
+    for found in [*nestings, {"ema": None, "model": w, "args": 1}]:
+        torch.save(found, tmp_path / "x.pt")
+        assert train.load_external(tmp_path / "x.pt") == (w, {})
+
+
+def test_warm_start_reads_the_classes_of_our_own_weights_only(tmp_path):
+    """What other safetensors files call "classes" may be anything."""
+    fresh = model.init((64, 1, 2), channels=1, classes=3, generator=torch.Generator())
+    for metadata in ({"classes": "cat, dog"}, {"run": "{}"}):
+        save_file(fresh, tmp_path / "x.safetensors", metadata)
+        params, _ = train.warm_start(fresh, tmp_path / "x.safetensors", ["a", "b", "c"])
+        assert all(torch.equal(params[name], p) for name, p in fresh.items())
+    save_file(fresh, tmp_path / "x.safetensors", {"run": "{}", "classes": '["a", "c", "b"]'})
+    with pytest.raises(ValueError, match="x.safetensors has other classes than --data"):
+        train.warm_start(fresh, tmp_path / "x.safetensors", ["a", "b", "c"])
