@@ -49,6 +49,7 @@ from tqdm import tqdm
 
 STREAMS = ("order", "draws", "samples", "init", "views", "classes")  # one for each use
 SHARD = 1024  # images
+TEMPORARY = "meanflow-tmp-"  # begins the names of files that are being written
 SCALE = 0.18215  # brings latents to a variance of about 1
 TENSOR = {"latents": "moments", "pixels": "pixels"}  # what a shard of each kind holds
 
@@ -465,6 +466,23 @@ def write_index(folder, shards, about):
     print(f"{folder}: {done} in {len(shards):,} shards; {len(left_out)} files left out")
 
 
+def convert(args, files, about, vae, world):
+    """Write the shards that are not complete, each process its share, then the index."""
+    if world.rank == 0:
+        args.lock = lock_folder(args.out)  # held until this process ends
+        print(f"{len(files):,} files of {len(about['classes']):,} classes", flush=True)
+    barrier()
+    shards = [args.out / f"shard-{k:05}.safetensors" for k in range(-(-len(files) // SHARD))]
+    index = args.out / "index.json"
+    known = read_index(index)["shards"] if index.exists() else {}
+    todo = {k: shards[k] for k in range(world.rank, len(shards), world.size)}
+    todo = {k: p for k, p in todo.items() if not is_complete(p, about["source"], known.get(p.name))}
+    write_shards(args.images, files, about, todo, vae, world)
+    barrier()
+    if world.rank == 0:
+        write_index(args.out, shards, about)
+
+
 # --- files ---
 
 
@@ -479,7 +497,7 @@ def atomic_write(path):
 
     Whenever the process is killed, `path` is whole or as before. Raises OSError on a full disk.
     """
-    temporary = path.with_name(f"tmp-{path.name}")
+    temporary = path.with_name(f"{TEMPORARY}{path.name}")
     try:
         yield temporary
         with open(temporary, "rb") as file:
@@ -529,8 +547,8 @@ def check_tensors(path, tensors, shapes, hint):
 def lock_folder(folder):
     """Create the folder and lock it for as long as the returned file is open.
 
-    Removes what a process killed while writing left there. Raises ValueError if another process
-    holds the lock.
+    Removes the files that a process killed while writing left there. Raises ValueError if another
+    process holds the lock.
     """
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder} is a file: choose another folder to write")
@@ -541,8 +559,9 @@ def lock_folder(folder):
     except BlockingIOError:
         way_out = "wait until it ends, or choose another folder"
         raise ValueError(f"another process is writing to {folder}: {way_out}") from None
-    for leftover in (*folder.glob("tmp-*"), *folder.glob(".tmp??????")):  # ours, safetensors' own
-        leftover.unlink(missing_ok=True)
+    for leftover in (*folder.glob(f"{TEMPORARY}*"), *folder.glob(".tmp??????")):  # safetensors' own
+        if leftover.is_file():
+            leftover.unlink()
     return lock
 
 
@@ -656,23 +675,6 @@ def main(argv, world):
     }
     about["source"] = checksum([about, files])
     convert(args, files, about, vae, world)
-
-
-def convert(args, files, about, vae, world):
-    """Write the shards that are not complete, each process its share, then the index."""
-    if world.rank == 0:
-        args.lock = lock_folder(args.out)  # held until this process ends
-        print(f"{len(files):,} files of {len(about['classes']):,} classes", flush=True)
-    barrier()
-    shards = [args.out / f"shard-{k:05}.safetensors" for k in range(-(-len(files) // SHARD))]
-    index = args.out / "index.json"
-    known = read_index(index)["shards"] if index.exists() else {}
-    todo = {k: shards[k] for k in range(world.rank, len(shards), world.size)}
-    todo = {k: p for k, p in todo.items() if not is_complete(p, about["source"], known.get(p.name))}
-    write_shards(args.images, files, about, todo, vae, world)
-    barrier()
-    if world.rank == 0:
-        write_index(args.out, shards, about)
 
 
 if __name__ == "__main__":

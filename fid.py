@@ -495,15 +495,15 @@ def collect(batches, features, keep_logits=True):
     """Return the statistics of all processes' batches of uint8 images, and their logits, if any."""
     state, logits = None, [torch.empty(0, 1008)]
     for images in batches:
-        values, scores = features(images)
+        values, more = features(images)
         state = accumulate(state, values)
-        if keep_logits and scores is not None:
-            logits.append(scores.cpu())
+        if keep_logits and more is not None:
+            logits.append(more.cpu())
     return gather(state), gather_rows(torch.cat(logits))
 
 
 def measure(path, features, world, count=None, keep_logits=True):
-    """`collect` for the images of a folder or an .npz."""
+    """Return what `collect` does for the images of `path`, see `load_images`."""
     images = load_images(path, count, world.rank, world.size)
 
     def batches():

@@ -297,7 +297,7 @@ def finish(folder, step, model, dataset, stopped):
         return
     if dataset.name == "digits":
         report(model.params, dataset)
-    print(max(folder.glob("grid-*.png")))
+    print(max(folder.glob("grid-*.png"), default=folder))
 
 
 # --- setting up ---
@@ -484,8 +484,7 @@ def save(folder, step, state, model, metadata, skip_grid):
     if not skip_grid:
         labels = torch.arange(100) * config(model.params).classes // 100
         x = sample.generate(model.params, labels, model.shape)
-        images = sample.to_uint8(x, model.kind, model.vae)
-        sample.save_grid(images, folder / f"grid-{step:08}.png")
+        sample.save_grid(sample.to_uint8(x, model.kind, model.vae), folder / f"grid-{step:08}.png")
     save_checkpoint(folder, step, state, metadata)
 
 

@@ -419,6 +419,18 @@ def test_an_index_of_something_else_is_left_alone(monkeypatch, pictures, shards,
     assert (folder / "index.json").read_text(encoding="latin-1") == text
 
 
+def test_locking_a_folder_sweeps_up_leftovers_and_nothing_else(tmp_path):
+    leftovers = ["meanflow-tmp-ema-00000010.safetensors", ".tmpAb12cD"]
+    others = ["tmp-notes.txt", "tmp.png", ".tmp", "ema-00000010.safetensors"]
+    for name in leftovers + others:
+        (tmp_path / name).write_text("x")
+    for name in ("meanflow-tmp-mine", ".tmp123456"):
+        (tmp_path / name).mkdir()
+    data.lock_folder(tmp_path).close()
+    kept = {path.name for path in tmp_path.iterdir()}
+    assert kept == {*others, "meanflow-tmp-mine", ".tmp123456", ".lock"}
+
+
 def test_two_conversions_do_not_write_to_one_folder(monkeypatch, pictures, tmp_path):
     lock = data.lock_folder(tmp_path / "data")
     with pytest.raises(

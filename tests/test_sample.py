@@ -64,7 +64,7 @@ def test_the_readmes_command(checkpoint, monkeypatch, capsys):
                     .repeat_interleave(4, 1)
                 )
                 assert (tile == want.numpy()).all()
-    assert not list(folder.parent.rglob("tmp-*"))
+    assert not list(folder.parent.rglob("*tmp-*"))
 
 
 def test_the_newest_averaged_weights_of_a_folder_are_taken(checkpoint):

@@ -100,7 +100,7 @@ def test_a_run_killed_at_random_continues_as_if_nothing_had_happened(undisturbed
         before = train.newest(folder)
         process = fork(*command(folder, "--save", "2"))
         inside = (
-            chance.choice([".tmp*", "tmp-state-*", "tmp-ema-*", "tmp-grid-*"])
+            chance.choice([".tmp*", "*tmp-state-*", "*tmp-ema-*", "*tmp-grid-*"])
             if kill % 2
             else "nothing"
         )
