@@ -5,16 +5,14 @@
     python data.py IMAGES data/cifar10                                        pixels, not latents
 
 IMAGES has one folder of image files per class, like ImageNet's train/. The same command continues a
-conversion that was stopped. It writes shards of up to 1,024 images and, when all are written, an
-index:
+conversion that was stopped. It writes shards of up to 1,024 images and, at the end, an index:
 
     shard-NNNNN.safetensors     labels (n,) int64, and
                                 for latents, moments (n, 2, 2, 4, H/8, W/8) float16: for the image
                                 and its mirror image, mean and standard deviation of the VAE's
                                 posterior, not scaled
                                 for pixels, pixels (n, 3, H, W) uint8
-    index.json                  kind, resolution, channels, scale, VAE, classes and their counts,
-                                the files left out, each shard's count and checksum
+    index.json                  kind, resolution, classes, files left out, checksums and so on
 
 digits.npz holds 1,797 grey digits, 8x8 uint8 from 0 to 16 (E. Alpaydin, C. Kaynak: Optical
 Recognition of Handwritten Digits, UCI, 1998, CC BY 4.0). The last sections, files and processes,
@@ -164,7 +162,7 @@ def load_data(folder, rank=0, world=1):
     if folder == "digits":
         return digits()
     index, hint = read_index(Path(folder, "index.json")), "delete it and run data.py again"
-    paths = [Path(folder, name) for name in index["shards"]]
+    paths = [Path(folder, Path(name).name) for name in index["shards"]]
     shards, mine = [read_tensors(path, hint)[0] for path in paths], paths[rank::world]
     with ThreadPoolExecutor() as pool:
         for path, digest in zip(mine, pool.map(sha256, mine)):
@@ -345,7 +343,8 @@ def read_image(path):
                 raise ValueError(f"more than 8 bits a channel, mode {image.mode}")
             return image.convert("RGB")
     except Exception as error:  # Pillow's many formats raise many types
-        if getattr(error, "errno", None) and not isinstance(error, FileNotFoundError):
+        failed = isinstance(error, MemoryError) or getattr(error, "errno", None)
+        if failed and not isinstance(error, FileNotFoundError):
             raise
         why = " ".join(str(error).split()) or type(error).__name__
         raise ValueError(f"{path} is not a readable image ({why}): repair or delete it") from None
@@ -375,9 +374,18 @@ def load_crop(path, size):
 
 
 def files_below(folder):
-    """Return the paths of all files in a folder and in those below it, sorted."""
-    walk = os.walk(folder, followlinks=True)
-    return sorted(Path(parent, name) for parent, _, names in walk for name in names)
+    """Return the paths of all files in a folder and in those below it, sorted.
+
+    Follows links to folders, but enters no folder twice: links may form a loop.
+    """
+    paths, seen = [], set()
+    for parent, folders, names in os.walk(folder, followlinks=True):
+        if (real := os.path.realpath(parent)) in seen:
+            folders.clear()
+        else:
+            seen.add(real)
+            paths += [Path(parent, name) for name in names]
+    return sorted(paths)
 
 
 def list_images(root):
@@ -411,9 +419,7 @@ def encode_views(vae, images, device):
 
 def is_complete(path, source, entry):
     """Return whether a shard of `source` is there, whole, and as its entry in the index, if any.
-
-    Raises ValueError if the shard was made from another source.
-    """
+    Raise ValueError if the shard was made from another source."""
     try:
         with safe_open(path, "pt") as file:
             about = json.loads((file.metadata() or {}).get("about", "{}"))
@@ -559,6 +565,8 @@ def lock_folder(folder):
     except BlockingIOError:
         way_out = "wait until it ends, or choose another folder"
         raise ValueError(f"another process is writing to {folder}: {way_out}") from None
+    except OSError as error:  # of network disks
+        raise OSError(f"{folder} cannot be locked ({error}): choose one on another disk") from None
     for leftover in (*folder.glob(f"{TEMPORARY}*"), *folder.glob(".tmp??????")):  # safetensors' own
         if leftover.is_file():
             leftover.unlink()

@@ -52,9 +52,7 @@ def find_checkpoint(path):
 
 def load(path, device="cpu"):
     """Return the ImageModel of a checkpoint, in float32 and without a VAE.
-
-    path: as for `find_checkpoint`. Raises FileNotFoundError or ValueError, with one line.
-    """
+    path: as for `find_checkpoint`. Raises FileNotFoundError or ValueError, with one line."""
     path, hint = find_checkpoint(path), "give a run's folder or weights that train.py wrote"
     params, metadata = data.read_tensors(path, hint)
     try:
@@ -192,9 +190,8 @@ def parse_classes(text, count):
         classes = list(range(min(10, count))) if text is None else [*map(int, text.split(","))]
     except ValueError:
         raise ValueError(f"--classes {text}: give numbers separated by commas, as 3,1,4") from None
-    for c in classes:
-        if not 0 <= c < count:
-            raise ValueError(f"class {c} is out of range: give classes from 0 to {count - 1}")
+    if bad := [c for c in classes if not 0 <= c < count]:
+        raise ValueError(f"class {bad[0]} is out of range: give classes from 0 to {count - 1}")
     return classes
 
 

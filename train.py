@@ -7,8 +7,7 @@
 The same command continues a stopped run from its last save, with any number of processes. SIGTERM
 makes it save, without grid and scores, and end. The run's folder holds
 
-    ema-STEP.safetensors      averaged weights, for sample.py and for sharing: the last two saves
-                              and every 50,000th step
+    ema-STEP.safetensors      averaged weights, for sample.py: the last two and every 50,000th step
     state-STEP.safetensors    weights and Adam's moments, to continue from: the last two saves
     grid-STEP.png             one-step samples of the averaged weights, always from the same noise
     log.jsonl                 the run's arguments, then mean losses every 50 steps and at saves and,
@@ -59,7 +58,7 @@ class Recipe(NamedTuple):
 EPOCHS_240 = 240 * 1281167 // 256  # of ImageNet, as in the paper
 RECIPES = {  # Table 4 and the authors' code, for each of model.SIZES
     "T/2": Recipe(1.0, 0.3, (0.0, 1.0), 3e-3, 64, 3000, 0.998),  # not the paper's: for the digits
-    "B/4": Recipe(1.0, 0.5, (0.0, 1.0), 1e-4, 256, EPOCHS_240, 0.9999),
+    "B/4": Recipe(1.0, 0.5, (0.0, 1.0), 1e-4, 256, EPOCHS_240, 0.9999),  # paper: 80 epochs
     "B/2": Recipe(1.0, 0.5, (0.0, 1.0), 1e-4, 256, EPOCHS_240, 0.9999),
     "M/2": Recipe(1.0, 0.5, (0.0, 1.0), 1e-4, 256, EPOCHS_240, 0.9999),  # guidance assumed
     "L/2": Recipe(0.2, 0.92, (0.0, 0.8), 1e-4, 256, EPOCHS_240, 0.9999),
@@ -268,8 +267,11 @@ def log_scores(log, step, model, scorer, count, world):
         log.write(json.dumps({"step": step, **scores}) + "\n")
 
 
-def report(params, dataset):
-    """Print how good 1,000 samples of 1, 2 and 4 steps are, and the same of the real images."""
+def report(model, dataset, folder):
+    """Print the last grid's path and, for the digits, how good samples and real images are."""
+    print(max(folder.glob("grid-*.png"), default=folder))
+    if dataset.name != "digits":
+        return
     reals, labels = dataset.items.flatten(1), dataset.labels
 
     def line(name, x, classes, a, b, **options):
@@ -284,20 +286,10 @@ def report(params, dataset):
     print("median distance to the nearest real")
     for steps in (1, 2, 4):
         classes = torch.arange(1000) % len(dataset.classes)
-        x = sample.generate(params, classes, dataset.shape, steps=steps).clamp(-1, 1)
+        x = sample.generate(model.params, classes, model.shape, steps=steps).clamp(-1, 1)
         x = x.flatten(1).cpu()
         line(f"{steps} step(s)", x, classes, x, reals)
     line("real images", reals, labels, reals[::2], reals[1::2], exclude_self=True)
-
-
-def finish(folder, step, model, dataset, stopped):
-    """Print how the run ended."""
-    if stopped:
-        print(f"stopped by SIGTERM after step {step}, which is saved: the same command continues")
-        return
-    if dataset.name == "digits":
-        report(model.params, dataset)
-    print(max(folder.glob("grid-*.png"), default=folder))
 
 
 # --- setting up ---
@@ -522,8 +514,10 @@ def main(argv, world):
             break
         if saving and scorer:
             log_scores(log, step, model, scorer, args.count, world)
-    if world.rank == 0:
-        finish(folder, step, model, dataset, stopped)
+    if stopped and world.rank == 0:
+        print(f"stopped by SIGTERM after step {step}, which is saved: the same command continues")
+    elif world.rank == 0:
+        report(model, dataset, folder)
 
 
 if __name__ == "__main__":

@@ -468,13 +468,48 @@ def test_what_cropping_would_spoil_is_left_out(tmp_path):
     assert "is not a readable image" in data.load_crop(tmp_path / "dangling.jpg", 16)[1]
 
 
-def test_a_file_that_the_disk_does_not_give_is_not_taken_for_a_bad_image(monkeypatch, tmp_path):
+@pytest.mark.parametrize("error", [OSError(5, "Input/output error"), MemoryError("no memory")])
+def test_what_the_machine_fails_to_read_is_not_taken_for_a_bad_image(monkeypatch, tmp_path, error):
     def failing(path):
-        raise OSError(5, "Input/output error")
+        raise error
 
     monkeypatch.setattr(data.Image, "open", failing)
-    with pytest.raises(OSError, match="Input/output error"):
+    with pytest.raises(type(error)):
         data.load_crop(tmp_path / "x.jpg", 16)
+
+
+def test_links_to_folders_are_followed_but_not_in_circles(tmp_path):
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    (tmp_path / "a" / "b" / "1.png").write_text("x")
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "2.png").write_text("x")
+    (tmp_path / "a" / "b" / "loop").symlink_to(tmp_path / "a")
+    (tmp_path / "a" / "linked").symlink_to(tmp_path / "elsewhere")
+    names = [str(path.relative_to(tmp_path)) for path in data.files_below(tmp_path / "a")]
+    assert names == ["a/b/1.png", "a/linked/2.png"]
+
+
+def test_a_disk_without_locks_is_named(monkeypatch, tmp_path):
+    def unsupported(*_):
+        raise OSError(37, "No locks available")
+
+    monkeypatch.setattr(data.fcntl, "flock", unsupported)
+    with pytest.raises(OSError, match=f"{tmp_path} cannot be locked .*No locks.*: choose one on a"):
+        data.lock_folder(tmp_path)
+
+
+def test_shards_are_read_from_the_folder_alone(shards, tmp_path):
+    """An index that names a file elsewhere, with its checksum, finds none."""
+    folder = shutil.copytree(shards[0], tmp_path / "data")
+    index = data.read_index(folder / "index.json")
+    (folder / SECOND).rename(tmp_path / SECOND)
+    index["shards"] = {
+        f"../{name}" if name == SECOND else name: entry for name, entry in index["shards"].items()
+    }
+    index["checksum"] = data.checksum(index)
+    (folder / "index.json").write_text(json.dumps(index))
+    with pytest.raises(FileNotFoundError, match=f"data/{SECOND} is not a file"):
+        data.load_data(folder)
 
 
 def test_more_processes_than_gpus(monkeypatch):

@@ -512,3 +512,17 @@ def test_pixels_that_are_too_many_for_a_covariance():
         match="images of 196,608 values need features: give --inception",
     ):
         fid.pixels(torch.zeros(1, 3, 256, 256, dtype=torch.uint8))
+
+
+def test_raw_pixels_run_from_minus_one_to_one():
+    images = torch.tensor([0, 51, 255], dtype=torch.uint8).expand(2, 3, 4, 3)
+    features, logits = fid.pixels(images)
+    assert logits is None and features.shape == (2, 36)
+    assert (features.unflatten(1, (12, 3)) - torch.tensor([-1.0, -0.6, 1.0])).abs().max() < 1e-6
+
+
+def test_suffixes_of_images_may_be_in_capitals(tmp_path):
+    for k, name in enumerate(("a.PNG", "b.png", "c.JPEG")):
+        Image.new("RGB", (4, 4), (k, k, k)).save(tmp_path / name)
+    (tmp_path / "notes.TXT").write_text("x")
+    assert [image.shape for image in fid.load_images(tmp_path)] == [(3, 4, 4)] * 3

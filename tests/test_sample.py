@@ -341,3 +341,23 @@ def test_a_process_without_a_share_draws_nothing(checkpoint):
 def test_only_the_first_process_writes_the_picture(checkpoint, tmp_path, capsys):
     sample.main([str(checkpoint[0]), "--out", str(tmp_path / "x.png")], data.World(1, 2))
     assert not (tmp_path / "x.png").exists() and not capsys.readouterr().out
+
+
+def test_latents_become_images(monkeypatch):
+    """Through the VAE, unscaled; or their first three channels as colours."""
+    x = torch.linspace(-3, 3, 2 * 4 * 2 * 2).reshape(2, 4, 2, 2)
+    shown = sample.to_uint8(x, "latents")
+    want = ((x[:, :3] / 3 + 1) * 127.5).round().clamp(0, 255).byte()
+    assert shown.dtype == torch.uint8 and torch.equal(shown, want)
+    monkeypatch.setattr(data, "decode", lambda vae, z: z[:, :3].repeat_interleave(8, 2) * vae)
+    decoded = sample.to_uint8(x * 0.18215 / 3, "latents", vae=1.0)
+    assert torch.equal(decoded, want.repeat_interleave(8, 2))
+    assert torch.equal(
+        sample.to_uint8(torch.tensor([-2.0, -1, 0, 1, 2]), "pixels"),
+        torch.tensor([0, 0, 128, 255, 255], dtype=torch.uint8),
+    )
+
+
+def test_pictures_may_have_suffixes_in_capitals(tmp_path):
+    sample.save_grid(torch.zeros(1, 3, 8, 8, dtype=torch.uint8), tmp_path / "x.PNG")
+    assert Image.open(tmp_path / "x.PNG").size == (40, 40)
