@@ -516,8 +516,8 @@ def atomic_write(path):
 
 
 def save_tensors(path, tensors, metadata=None):
-    """Write a safetensors file. Several metadata entries would be in varying order, and so give
-    varying checksums."""
+    """Write a safetensors file. It does not fix the order of metadata: give at most one entry where
+    the checksum must not vary."""
     with atomic_write(path) as temporary:
         tensors = {name: p.detach().cpu().contiguous() for name, p in tensors.items()}
         save_file(tensors, temporary, metadata)
@@ -628,7 +628,7 @@ def launch(main):
         barrier()
     except Exception as error:
         if isinstance(error, torch.OutOfMemoryError):
-            error = ValueError("the GPU has too little memory: train.py can --accumulate 2 or more")
+            error = ValueError("the GPU is out of memory: give train.py --accumulate 2 or more")
         foreseen = isinstance(error, ValueError | OSError)
         if not foreseen and not (store and count_failure(store, 0)):
             raise

@@ -398,7 +398,7 @@ def load_statistics(path):
         raise ValueError(f"{path}: mu and sigma are {found}, they should be (d,) and (d, d)")
     symmetric = (sigma - sigma.T).abs().max() <= 1e-6 * sigma.abs().max()  # false for NaN, inf
     if not (symmetric and mu.isfinite().all() and sigma.diagonal().min() >= 0):
-        raise ValueError(f"{path}: no finite mean and covariance: fetch it again, or make it anew")
+        raise ValueError(f"{path}: mu and sigma are not a finite mean and covariance: redo it")
     return mu, (sigma + sigma.T) / 2
 
 
@@ -467,7 +467,7 @@ def pixels(images):
     """Return raw pixels as features, (B, C H W) in [-1, 1], of uint8 (B, C, H, W); no logits."""
     features = images.flatten(1) / 127.5 - 1
     if features.shape[1] > 20_000:
-        raise ValueError(f"images of {features.shape[1]:,} values need features: give --inception")
+        raise ValueError(f"{features.shape[1]:,} pixels are too many features: give --inception")
     return features, None
 
 

@@ -224,7 +224,7 @@ def commit():
 def log_means(log, folder, history):
     """Write a line of means over `history`, a list of (step, (B, 4)) as `Objective` returns.
 
-    `log` is None but in the first process. Beside saving, this is the only place where the host
+    `log` is None except in the first process. Beside saving, this is the only place where the host
     waits for the device. Raises ValueError in all processes if a value in any is not finite.
     """
     rows = torch.cat([F.pad(rows, (1, 0), value=step) for step, rows in history])

@@ -398,15 +398,15 @@ REFERENCES = {
     ),
     "infinite": (
         lambda path: save_stats(path, mu=np.full(768, np.inf)),
-        "no finite mean and covariance: fetch it again",
+        "mu and sigma are not a finite mean and covariance",
     ),
     "asymmetric": (
         lambda path: save_stats(path, sigma=np.triu(np.ones((768, 768)))),
-        "no finite mean and covariance: fetch it again",
+        "mu and sigma are not a finite mean and covariance",
     ),
     "negative": (
         lambda path: save_stats(path, sigma=-np.eye(768)),
-        "no finite mean and covariance: fetch it again",
+        "mu and sigma are not a finite mean and covariance",
     ),
     "features": (
         lambda path: save_stats(path, np.zeros(5), np.eye(5)),
@@ -509,7 +509,7 @@ def test_bad_arguments(monkeypatch, halves, flags, words):
 def test_pixels_that_are_too_many_for_a_covariance():
     with pytest.raises(
         ValueError,
-        match="images of 196,608 values need features: give --inception",
+        match="196,608 pixels are too many features: give --inception",
     ):
         fid.pixels(torch.zeros(1, 3, 256, 256, dtype=torch.uint8))
 

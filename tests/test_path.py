@@ -209,22 +209,19 @@ def test_training_starts_from_weights_of_others(pixels, tmp_path, capsys, form):
     assert "taken" not in call(capsys, train, *words, "--steps", 2)  # it continues
 
 
+def fails_to_start(monkeypatch, pixels, folder, weights):
+    """Return the line with which training from these weights ends."""
+    words = ["--data", pixels.parent / "even", "--init", folder / weights, "--out", folder / "run"]
+    return fails(monkeypatch, "train.py", *words)
+
+
 def test_a_pickle_with_code_is_not_run(monkeypatch, pixels, tmp_path):
     class Trap:
         def __reduce__(self):
             return os.system, (f"touch {tmp_path / 'sprung'}",)
 
     torch.save({"ema": Trap()}, tmp_path / "trap.pt")
-    message = fails(
-        monkeypatch,
-        "train.py",
-        "--data",
-        pixels.parent / "even",
-        "--init",
-        tmp_path / "trap.pt",
-        "--out",
-        tmp_path / "run",
-    )
+    message = fails_to_start(monkeypatch, pixels, tmp_path, "trap.pt")
     assert (
         "trap.pt cannot be read as tensors without code" in message
         and not (tmp_path / "sprung").exists()
@@ -247,16 +244,7 @@ def test_pickles_of_something_else(monkeypatch, pixels, tmp_path, content, words
         torch.save({"ema": None}, tmp_path / "x.pt")
     else:
         (tmp_path / "x.pt").write_bytes(content)
-    message = fails(
-        monkeypatch,
-        "train.py",
-        "--data",
-        pixels.parent / "even",
-        "--init",
-        tmp_path / "x.pt",
-        "--out",
-        tmp_path / "run",
-    )
+    message = fails_to_start(monkeypatch, pixels, tmp_path, "x.pt")
     assert words in message and message.count("--init") == 1
 
 
@@ -268,32 +256,14 @@ def test_classes_that_differ_between_checkpoint_and_data(monkeypatch, pixels, tm
         tmp_path / "x.safetensors",
         {"run": "{}", "classes": '["class0", "class2", "class1"]'},
     )
-    message = fails(
-        monkeypatch,
-        "train.py",
-        "--data",
-        pixels.parent / "even",
-        "--init",
-        tmp_path / "x.safetensors",
-        "--out",
-        tmp_path / "run",
-    )
+    message = fails_to_start(monkeypatch, pixels, tmp_path, "x.safetensors")
     assert "x.safetensors has other classes than" in message
 
 
 def test_weights_for_other_classes(monkeypatch, pixels, tmp_path):
     params = model.init("T/2", channels=3, classes=10, generator=torch.Generator().manual_seed(0))
     save_file(params, tmp_path / "ten.safetensors")
-    message = fails(
-        monkeypatch,
-        "train.py",
-        "--data",
-        pixels.parent / "even",
-        "--init",
-        tmp_path / "ten.safetensors",
-        "--out",
-        tmp_path / "run",
-    )
+    message = fails_to_start(monkeypatch, pixels, tmp_path, "ten.safetensors")
     assert (
         "ten.safetensors: y_embedder.embedding_table.weight is (11, 64), should be (4, 64)"
         in message
