@@ -4,13 +4,14 @@
     torchrun --nproc-per-node 8 data.py IMAGES data/imagenet --vae FILE       shared by eight GPUs
     python data.py IMAGES data/cifar10                                        pixels, not latents
 
-IMAGES has one folder of image files per class, like ImageNet's train/. The same command continues a
-conversion that was stopped. It writes shards of up to 1,024 images and, at the end, an index:
+IMAGES has one folder of image files per class, like ImageNet's train/, or image files alone, which
+are then one class. The same command continues a conversion that was stopped. It writes shards of up
+to 1,024 images and, at the end, an index:
 
     shard-NNNNN.safetensors     labels (n,) int64, and
                                 for latents, moments (n, 2, 2, 4, H/8, W/8) float16: for the image
-                                and its mirror image, mean and standard deviation of the VAE's
-                                posterior, not scaled
+                                and, unless --no-mirror, its mirror image, mean and standard
+                                deviation of the VAE's posterior, not scaled
                                 for pixels, pixels (n, 3, H, W) uint8
     index.json                  kind, resolution, classes, files left out, checksums and so on
 
@@ -20,7 +21,6 @@ serve the other files as well.
 """
 
 import argparse
-import fcntl
 import hashlib
 import json
 import os
@@ -45,6 +45,17 @@ from torch.distributed.rendezvous import rendezvous
 from torch.utils.data import ConcatDataset
 from tqdm import tqdm
 
+try:
+    from fcntl import LOCK_EX, LOCK_NB, flock
+except ImportError:  # on Windows
+    from msvcrt import LK_NBLCK, locking
+
+    LOCK_EX = LOCK_NB = 0
+
+    def flock(file, _):
+        locking(file.fileno(), LK_NBLCK, 1)
+
+
 STREAMS = ("order", "draws", "samples", "init", "views", "classes")  # one for each use
 SHARD = 1024  # images
 TEMPORARY = "meanflow-tmp-"  # begins the names of files that are being written
@@ -53,13 +64,17 @@ TENSOR = {"latents": "moments", "pixels": "pixels"}  # what a shard of each kind
 
 
 def generator(seed, stream, k):
-    """Return the generator of item k < 2^29 (an epoch, a step, a sample) of one of STREAMS.
+    """Return the generator of item k >= 0 (an epoch, a step, a sample) of one of STREAMS.
 
-    Torch's CPU generator uses only the low 32 bits of its seed. This map into them separates all
-    (stream, k) of one run, and starts the streams of neighbouring seeds 2^32 / 1.618 apart.
+    Torch's CPU generator, a Mersenne Twister, uses only 32 bits of a seed, too few for millions of
+    generators. Its whole state is filled here with a hash of (seed, stream, k).
     """
-    number = seed * 2654435769 + STREAMS.index(stream) * 2**29 + k
-    return torch.Generator().manual_seed(number % 2**32)
+    key = np.array((seed % 2**64, STREAMS.index(stream), k), np.uint64).view(np.uint32)
+    words = np.random.SeedSequence(key).generate_state(624)
+    g = torch.Generator()
+    state = g.get_state()
+    state.view(torch.int64)[3:627] = torch.from_numpy(words.astype(np.int64))
+    return g.set_state(state)
 
 
 # --- data sets and batches ---
@@ -70,6 +85,7 @@ class Dataset(NamedTuple):
     kind: str  # "pixels" or "latents"
     classes: list  # their names, by label
     shape: tuple  # of a sample: (channels, height, width)
+    mirror: bool  # whether mirror images belong to it
     labels: torch.Tensor  # (N,) int64
     items: ConcatDataset  # the N items, from memory-mapped shards
 
@@ -79,7 +95,7 @@ def digits():
     with np.load(Path(__file__).with_name("digits.npz")) as file:
         images, labels = torch.from_numpy(file["images"]), torch.from_numpy(file["labels"])
     classes, items = [str(k) for k in range(10)], images[:, None] / 8 - 1
-    return Dataset("digits", "pixels", classes, (1, 8, 8), labels.long(), items)
+    return Dataset("digits", "pixels", classes, (1, 8, 8), False, labels.long(), items)
 
 
 @lru_cache(2)  # epochs: permuting ImageNet takes longer than a step
@@ -102,13 +118,13 @@ def epoch_indices(count, batch, *, seed, step):
 def batch(dataset, size, *, seed, step, rank=0, world=1):
     """Return rows rank::world of the batch of `step`: x (n, *dataset.shape) float32, labels (n,).
 
-    At each visit an item is mirrored or not, and a latent is sampled anew from the VAE's posterior
-    and multiplied by SCALE. Digits are not mirrored.
+    At each visit an item is mirrored or not, if the data set says so, and a latent is sampled anew
+    from the VAE's posterior and multiplied by SCALE.
     """
     mine = slice(rank, None, world)
     rows = epoch_indices(len(dataset.labels), size, seed=seed, step=step)[mine]
     views = generator(seed, "views", step)
-    mirrored = torch.randint(2, (size,), generator=views)[mine]
+    mirrored = torch.randint(2, (size,), generator=views)[mine] * dataset.mirror
     items = [dataset.items[i] for i in rows.tolist()]
     if dataset.kind == "latents":
         moments = torch.stack([item[m] for item, m in zip(items, mirrored.tolist())])
@@ -174,7 +190,8 @@ def load_data(folder, rank=0, world=1):
     labels = torch.cat([shard["labels"] for shard in shards])
     # The checksums of shards do not count: another GPU encodes with other rounding.
     name = f"{kind} {checksum([index['source'], index['left_out']])[:16]}"
-    return Dataset(name, kind, index["classes"], tuple(items[0].shape[-3:]), labels, items)
+    shape = tuple(items[0].shape[-3:])
+    return Dataset(name, kind, index["classes"], shape, index["mirror"], labels, items)
 
 
 # --- the VAE ---
@@ -388,31 +405,38 @@ def files_below(folder):
     return sorted(paths)
 
 
+def first_image(paths):
+    return next((path for path in paths if load_crop(path, 1)[1] is None), None)
+
+
 def list_images(root):
-    """List the files of a folder of class folders, in a fixed order.
+    """List the files of a folder of class folders, or of one class's images, in a fixed order.
 
     Returns [(path below root, label)], the classes' names and the first image's path. Raises
-    ValueError for a class without an image.
+    ValueError for a class without an image, or an image beside the folders of classes.
     """
-    classes, files, first = sorted(path.name for path in root.glob("*/")), [], []
-    if not classes:
-        raise ValueError(f"{root} holds no folders: give one with a folder of images per class")
-    for label, name in enumerate(classes):
-        paths = files_below(root / name)
-        images = (path for path in paths if load_crop(path, 1)[1] is None)
-        first.append(next(images, None))
+    if not root.is_dir():
+        raise ValueError(f"{root} is not a folder: give one with a folder of images per class")
+    folders = sorted(path for path in root.iterdir() if path.is_dir())
+    loose = first_image(sorted(path for path in root.iterdir() if path.is_file()))
+    if folders and loose:
+        raise ValueError(f"{loose} lies beside folders of classes: move it into one of them")
+    files, first = [], []
+    for label, folder in enumerate(folders or [root]):
+        paths = files_below(folder)
+        first.append(first_image(paths))
         if first[-1] is None:
-            raise ValueError(f"{root / name} holds no image: put its images there, or delete it")
+            raise ValueError(f"{folder} holds no image: put its images there, or delete it")
         files += [(str(path.relative_to(root)), label) for path in paths]
-    return files, classes, first[0]
+    return files, [folder.resolve().name for folder in folders or [root]], first[0]
 
 
-def encode_views(vae, images, device):
-    """Return the moments of images, (n, 3, H, W) uint8, and of their mirror images."""
+def encode_views(vae, images, mirror, device):
+    """Return the moments of images, (n, 3, H, W) uint8, and perhaps of their mirror images."""
     moments = []
     for x in images.split(64):
         x = x.to(device) / 127.5 - 1
-        views = [torch.stack(encode(vae, view), 1) for view in (x, x.flip(3))]
+        views = [torch.stack(encode(vae, view), 1) for view in (x, x.flip(3))[: 1 + mirror]]
         moments.append(torch.stack(views, 1).half().cpu())
     return torch.cat(moments)  # (n, view, mean and deviation, 4, H/8, W/8)
 
@@ -429,6 +453,12 @@ def is_complete(path, source, entry):
         what = "other files, or with another resolution or VAE"
         raise ValueError(f"{path} was made from {what}: choose another OUT")
     return not entry or entry["sha256"] == sha256(path)
+
+
+def save_shard(path, kind, items, labels, source, left_out=()):
+    """Write a shard: items as in this file's docstring, labels (n,) int64, and what they are of."""
+    metadata = json.dumps({"source": source, "left_out": left_out})
+    save_tensors(path, {TENSOR[kind]: items, "labels": labels}, {"about": metadata})
 
 
 def write_shards(root, files, about, todo, vae, world):
@@ -449,15 +479,16 @@ def write_shards(root, files, about, todo, vae, world):
                 tqdm.write(f"left out: {error}")
             left_out = [name for name, error in zip(names, errors) if error]
             if vae:
-                items = encode_views(vae, items, world.device)
-            metadata = json.dumps({"source": about["source"], "left_out": left_out})
-            tensors = {TENSOR[about["kind"]]: items, "labels": labels}
-            save_tensors(path, tensors, {"about": metadata})
+                items = encode_views(vae, items, about["mirror"], world.device)
+            save_shard(path, about["kind"], items, labels, about["source"], left_out)
             progress.update(SHARD)
 
 
 def write_index(folder, shards, about):
-    """Write the index of these shards, with their counts and checksums."""
+    """Write the index of these shards, with their counts and checksums.
+
+    about: {"kind", "resolution", "mirror", "classes", "source"} and whatever else is to be kept.
+    """
     labels, entries, left_out = [], {}, []
     for path in shards:
         tensors, metadata = read_tensors(path, "run the same command again")
@@ -477,6 +508,8 @@ def convert(args, files, about, vae, world):
     if world.rank == 0:
         args.lock = lock_folder(args.out)  # held until this process ends
         print(f"{len(files):,} files of {len(about['classes']):,} classes", flush=True)
+        if len(about["classes"]) == 1:
+            print("one class: labels, and so guidance, will make no difference", flush=True)
     barrier()
     shards = [args.out / f"shard-{k:05}.safetensors" for k in range(-(-len(files) // SHARD))]
     index = args.out / "index.json"
@@ -506,7 +539,7 @@ def atomic_write(path):
     temporary = path.with_name(f"{TEMPORARY}{path.name}")
     try:
         yield temporary
-        with open(temporary, "rb") as file:
+        with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except (SafetensorError, OSError) as error:
@@ -561,7 +594,7 @@ def lock_folder(folder):
     folder.mkdir(parents=True, exist_ok=True)
     lock = open(folder / ".lock", "w")
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        flock(lock, LOCK_EX | LOCK_NB)
     except BlockingIOError:
         way_out = "wait until it ends, or choose another folder"
         raise ValueError(f"another process is writing to {folder}: {way_out}") from None
@@ -655,14 +688,23 @@ def parser(description):
     return result
 
 
+def refuse(args, names, when):
+    """Raise ValueError if one of these flags, which would be ignored, was given."""
+    for name in names:
+        if getattr(args, name) not in (None, False):
+            raise ValueError(f"--{name} would be ignored {when}: leave it out")
+
+
 def main(argv, world):
     arguments = parser(__doc__)
     add = arguments.add_argument
-    add("images", type=Path, help="a folder with a folder of images per class")
+    add("images", type=Path, help="a folder of images, or with a folder of images per class")
     add("out", type=Path, help="the folder to write")
     add("--vae", help=f"the VAE's file ({FETCH}); default: write pixels")
     side = "side of the crops (default: 256 with --vae, else the first image's shorter side)"
     add("--resolution", type=int, help=side)
+    mirror = "train without mirror images, as text and digits need (default: with them)"
+    add("--no-mirror", action="store_true", help=mirror)
     args = arguments.parse_args(argv)
     if args.out.resolve().is_relative_to(args.images.resolve()):
         raise ValueError(f"{args.out} lies in {args.images}: choose another folder to write")
@@ -676,6 +718,7 @@ def main(argv, world):
     about = {
         "kind": "latents" if vae else "pixels",
         "resolution": args.resolution,
+        "mirror": not args.no_mirror,
         "channels": 4 if vae else 3,
         "scale": SCALE if vae else None,
         "vae": sha256(args.vae) if vae else None,

@@ -26,7 +26,7 @@ import re
 import zipfile
 from contextlib import contextmanager
 from functools import reduce
-from itertools import groupby, islice
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -234,17 +234,21 @@ def full_precision(device):
 
 @torch.no_grad()
 def inception(params, images, *, network=network):
-    """Return pooled features, (B, 2048), and logits, (B, 1008), float32, of uint8 (B, 3, H, W).
+    """Return pooled features, (B, 2048), and logits, (B, 1008), float32, of uint8 images.
 
-    params: from `load_inception`, on the images' device. The logits leave out fc.bias, as in the
-    Inception score's first code, ADM's evaluator and torch-fidelity ("logits_unbiased"). To
-    compile, pass a compiled `network`. Raises ValueError for anything but uint8 RGB.
+    images: (B, 3, H, W), or B of any sizes in a list, (3, H, W). params: from `load_inception`, on
+    the images' device. The logits leave out fc.bias, as in the Inception score's first code, ADM's
+    evaluator and torch-fidelity ("logits_unbiased"). To compile, pass a compiled `network`. Raises
+    ValueError for anything but uint8 RGB.
     """
-    shape = tuple(images.shape)
-    if images.dtype != torch.uint8 or len(shape) != 4 or shape[1] != 3 or 0 in shape:
-        raise ValueError(f"images are {images.dtype} {shape}: give torch.uint8 (B, 3, H, W)")
-    with full_precision(images.device):  # channels last: 1.5 times as fast
-        features = network(params, resize(images).contiguous(memory_format=torch.channels_last))
+    parts = [images] if torch.is_tensor(images) else [image[None] for image in images]
+    for part in parts:
+        shape = tuple(part.shape)
+        if part.dtype != torch.uint8 or len(shape) != 4 or shape[1] != 3 or 0 in shape:
+            raise ValueError(f"images are {part.dtype} {shape}: give torch.uint8 (B, 3, H, W)")
+    x = torch.cat([resize(part) for part in parts])
+    with full_precision(x.device):  # channels last: 1.5 times as fast
+        features = network(params, x.contiguous(memory_format=torch.channels_last))
     logits = features.double() @ params["fc.weight"].double().T  # double: no TF32 here either
     return features, logits.float()
 
@@ -474,8 +478,8 @@ def pixels(images):
 def load_features(path, device):
     """Return the features of --inception `path` and a description.
 
-    The features are a function of uint8 images, (B, 1 or 3, H, W), that returns (features, logits
-    or None). On a GPU the network is compiled.
+    The features are a function of uint8 images, (B, 1 or 3, H, W), or a list of images of several
+    sizes, that returns (features, logits or None). On a GPU the network is compiled.
     """
     if path is None:
         return pixels, {"features": "raw pixels in [-1, 1]"}
@@ -488,7 +492,13 @@ def load_features(path, device):
         "resize": "TensorFlow 1's bilinear, 299 x 299",
         "precision of features": "float32",
     }
-    return lambda x: inception(params, x.expand(-1, 3, -1, -1), network=compiled), about
+
+    def features(images):
+        if torch.is_tensor(images):
+            images = images.expand(-1, 3, -1, -1)
+        return inception(params, images, network=compiled)
+
+    return features, about
 
 
 def collect(batches, features, keep_logits=True):
@@ -507,11 +517,13 @@ def measure(path, features, world, count=None, keep_logits=True):
     images = load_images(path, count, world.rank, world.size)
 
     def batches():
-        for i, (_, same) in enumerate(groupby(images, key=lambda image: image.shape)):
-            if i and features is pixels:
+        sizes = set()
+        while part := [image.to(world.device) for image in islice(images, 64)]:
+            here = {image.shape for image in part}
+            sizes |= here
+            if len(sizes) > 1 and features is pixels:
                 raise ValueError(f"{path} has images of several sizes: give --inception")
-            while part := list(islice(same, 64)):
-                yield torch.stack(part).to(world.device)
+            yield part if len(here) > 1 else torch.stack(part)
 
     return collect(batches(), features, keep_logits)
 

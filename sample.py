@@ -1,20 +1,31 @@
 """Images from a checkpoint, each from noise that depends on (seed, index) alone, and their FID.
 
     python sample.py runs/digits --classes 3,1,4 --steps 1 --seed 0 --out digits.png
-    python sample.py runs/XL-2 --classes 207,360,387 --vae diffusion_pytorch_model.safetensors
+    python sample.py meanflow-B4.pth --classes 207,360 --vae diffusion_pytorch_model.safetensors
     torchrun --nproc-per-node 8 sample.py runs/XL-2 --vae FILE --fid REF.npz --inception FILE
+    python sample.py runs/digits --images digits.npz --count 1000
 
 With --fid, draw --count samples and print their distance from REF and what it was computed with, as
 one line of JSON. REF is what fid.py takes as --ref, a folder of pixels that data.py wrote, or
-digits. Without --inception the features are raw pixels, and the line says so.
+digits. Without --inception the features are raw pixels, and the line says so. --images keeps the
+samples, with or without --fid.
+
+A checkpoint is a run's folder, or a file of weights with DiT's names, also of others: `convert`
+says which.
 """
 
+import argparse
 import json
+import math
 import os
+import re
+import zipfile
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
@@ -22,16 +33,25 @@ from PIL import Image
 import data
 import fid
 from meanflow import sample
-from model import config, dit, shapes
+from model import config, dit, positions, shapes, sinusoids
 
 GAP, GREY = 4, 128  # pixels between the images of a grid, and their value
+WEIGHTS = "give a run's folder, or .safetensors, .pt or .pth weights of a DiT"
+CONVENTIONS = {
+    "repa": "predicts e - x, t = 1 is noise (as REPA's SiT)",
+    "sit": "predicts x - e, t = 1 is data (as SiT)",
+}
 
 
 class ImageModel(NamedTuple):
     params: dict  # of the DiT
     kind: str  # what it makes: "pixels" or "latents"
     shape: tuple  # of a sample: (channels, height, width)
-    vae: dict | None  # decodes latents
+    vae: dict | None = None  # decodes latents
+    scale: float = data.SCALE  # of latents
+
+
+# --- weights, ours and others' ---
 
 
 def checkpoints(folder, kind):
@@ -50,22 +70,127 @@ def find_checkpoint(path):
     raise FileNotFoundError(f"{path} holds no ema-STEP.safetensors: {how}")
 
 
-def load(path, device="cpu"):
-    """Return the ImageModel of a checkpoint, in float32 and without a VAE.
-    path: as for `find_checkpoint`. Raises FileNotFoundError or ValueError, with one line."""
-    path, hint = find_checkpoint(path), "give a run's folder or weights that train.py wrote"
-    params, metadata = data.read_tensors(path, hint)
+def read_weights(path):
+    """Return the tensors, {name: tensor}, and metadata, {key: str}, of a file of weights.
+
+    A safetensors file, or a pickle, in which code is refused and averaged weights are preferred.
+    The prefixes of DDP and torch.compile are removed. Raises ValueError or FileNotFoundError.
+    """
+    if Path(path).suffix == ".safetensors" or not Path(path).is_file():
+        tensors, metadata = data.read_tensors(path, WEIGHTS)
+    else:
+        try:
+            with torch.serialization.safe_globals([argparse.Namespace]):  # in DiT's and SiT's files
+                tensors = torch.load(path, map_location="cpu", weights_only=True)
+            for key in ("ema", "model", "state_dict"):
+                tensors = tensors[key] if isinstance(tensors.get(key), dict) else tensors
+            tensors = {name: p for name, p in tensors.items() if torch.is_tensor(p)}
+        except Exception as error:  # of many types, some with pages of text
+            why = f"cannot be read as tensors without code ({type(error).__name__})"
+            raise ValueError(f"{path} {why}: {WEIGHTS}") from None
+        metadata = {}
+    return {re.sub(r"\b(module|_orig_mod)\.", "", name): p for name, p in tensors.items()}, metadata
+
+
+def convert(path, tensors, convention=None):
+    """Return the parameters of our DiT from tensors with the names of DiT or its descendants.
+
+    Of DiT's eight output channels the first four are kept; the fixed positions must be ours, and
+    REPA's projectors, which serve its training, are dropped. `r_embedder` is another name of
+    `h_embedder`. Without either the network does not know t - r: it predicts a velocity, in one of
+    CONVENTIONS, and the parameters returned have no `h_embedder`. Raises ValueError.
+    """
+    encoder_depth = sum(bool(re.match(r"blocks\.\d+\.attn\.qkv\.weight", k)) for k in tensors)
+    params = {}
+    for name, p in tensors.items():
+        name = re.sub("^r_embedder", "h_embedder", name)
+        name = re.sub(  # in early files of REPA
+            r"^decoder_blocks\.(\d+)", lambda m: f"blocks.{int(m[1]) + encoder_depth}", name
+        )
+        if not re.match(r"pos_embed$|projectors\.", name):
+            params[name] = p
     try:
-        architecture = config(params)
+        width, _, patch, channels, _ = architecture = config(params)
     except ValueError as error:
-        raise ValueError(f"{path}: {error}: {hint}") from None
-    data.check_tensors(path, params, shapes(architecture), hint)
+        raise ValueError(f"{path}: {error}: {WEIGHTS}") from None
+    wanted = shapes(architecture)
+    for name in ("final_layer.linear.weight", "final_layer.linear.bias"):
+        if name in params and params[name].shape[:1] == (2 * patch * patch * channels,):
+            params[name] = torch.cat(params[name].split(channels)[::2])  # p q 2 (c ...)
+    if is_velocity := not any(name.startswith("h_embedder") for name in params):
+        wanted = {k: shape for k, shape in wanted.items() if not k.startswith("h_embedder")}
+        if any(name.startswith("projectors.") for name in tensors):
+            convention = convention or "repa"
+    data.check_tensors(path, params, wanted, WEIGHTS)
+    if (found := tensors.get("pos_embed")) is not None:
+        rows = math.isqrt(found.numel() // width)
+        fixed = positions(width, rows, rows, found.double())[None]
+        if found.shape != fixed.shape or not torch.allclose(found.double(), fixed, atol=1e-3):
+            raise ValueError(f"{path}: pos_embed is not DiT's fixed positions: {WEIGHTS}")
+    if not is_velocity and convention:
+        raise ValueError(f"{path} is a MeanFlow, which has one convention: leave out --convention")
+    if is_velocity and not convention:
+        words = "; ".join(f"--convention {name} if it {what}" for name, what in CONVENTIONS.items())
+        raise ValueError(
+            f"{path} has no embedding of t - r, so it is no MeanFlow: give {words}. "
+            "DiT's own weights predict noise on another path and cannot be used"
+        )
+    if convention == "sit":
+        reverse_time(params)
+    return {name: p.float() for name, p in params.items()}
+
+
+def reverse_time(params):
+    """Change the parameters of v(z, t) in place to those of -v(z, 1 - t).
+
+    The cosine and sine of w (1 - t) are combinations of those of w t, which the first linear layer
+    after them takes in.
+    """
+    for name in ("final_layer.linear.weight", "final_layer.linear.bias"):
+        params[name] = -params[name]
+    cos, sin = sinusoids(torch.ones(1, dtype=torch.float64))[0].flatten().chunk(2)
+    a, b = params["t_embedder.mlp.0.weight"].double().chunk(2, 1)
+    params["t_embedder.mlp.0.weight"] = torch.cat((a * cos + b * sin, a * sin - b * cos), 1)
+
+
+def image_size(path, architecture, tensors, metadata):
+    """Return what a checkpoint makes, "pixels" or "latents", and their side.
+
+    Of a file without metadata, this follows from its positions; four channels are latents, and of
+    ImageNet's 1,000 classes they are 32 wide, as of 256x256 images.
+    """
+    _, _, patch, channels, classes = architecture
+    if not {"kind", "resolution"} & metadata.keys():
+        kind = "latents" if channels == 4 else "pixels"
+        if "pos_embed" in tensors:
+            return kind, patch * math.isqrt(tensors["pos_embed"].shape[1])
+        if (channels, classes) == (4, 1000):
+            return kind, 32
     kind, resolution = metadata.get("kind"), metadata.get("resolution", "")
     side = int(resolution) // (8 if kind == "latents" else 1) if resolution.isdecimal() else 0
-    if kind not in data.TENSOR or not side or side % architecture.patch:
-        raise ValueError(f"{path}: metadata has kind {kind}, resolution {resolution}: {hint}")
-    params = {name: p.to(device, torch.float32, copy=True) for name, p in params.items()}
-    return ImageModel(params, kind, (architecture.channels, side, side), None)
+    if kind not in data.TENSOR or not side or side % patch:
+        found = f"kind {kind}, resolution {resolution or None}"
+        raise ValueError(f"{path}: metadata has {found}: give weights that train.py wrote")
+    return kind, side
+
+
+def load(path, device="cpu", convention=None):
+    """Return the ImageModel of a checkpoint, in float32 and without a VAE.
+
+    path: as for `find_checkpoint`. Of a velocity, du/dt is taken to be zero: sampling is Euler's
+    method. Raises FileNotFoundError or ValueError, with one line.
+    """
+    path = find_checkpoint(path)
+    tensors, metadata = read_weights(path)
+    params = convert(path, tensors, convention)
+    architecture = config(params)
+    kind, side = image_size(path, architecture, tensors, metadata)
+    params = {name: torch.zeros(shape) for name, shape in shapes(architecture).items()} | params
+    params = {name: p.to(device) for name, p in params.items()}
+    return ImageModel(params, kind, (architecture.channels, side, side))
+
+
+# --- samples ---
 
 
 def noise(seed, indices, shape):
@@ -89,19 +214,13 @@ def generate(params, labels, shape, *, steps=1, seed=0, indices=None, batch=500)
     return torch.cat(samples)
 
 
-def load_decoder(path, device):
-    """Return the VAE's decoder, in bfloat16 on a GPU: less than 2 % off, and fast."""
-    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
-    return data.load_vae(path, device, dtype)
-
-
-def to_uint8(x, kind, vae=None):
-    """Return samples as images, (n, channels, H, W) uint8.
+def to_uint8(x, model):
+    """Return samples of an ImageModel as images, (n, channels, H, W) uint8.
 
     Without a VAE, the first three channels of latents are shown as colours.
     """
-    if kind == "latents":
-        x = x[:, :3] / 3 if vae is None else data.decode(vae, x / data.SCALE)
+    if model.kind == "latents":
+        x = x[:, :3] / 3 if model.vae is None else data.decode(model.vae, x / model.scale)
     return ((x + 1) * 127.5).round().clamp(0, 255).byte()
 
 
@@ -136,10 +255,38 @@ def image_shape(kind, shape):
     return (3, 8 * height, 8 * width) if kind == "latents" else shape
 
 
-def evaluate(model, scorer, labels, world, *, steps=1, seed=0, folder=None):
+@contextmanager
+def image_writer(path, count, shape, world):
+    """Yield a function that writes image i, (C, H, W) uint8, to a folder, or to an .npz like ADM's.
+
+    Every process writes its share of the `count` images of `shape`.
+    """
+    if path.suffix != ".npz":
+        yield lambda i, image: save_grid(image[None], path / f"{i:06}.png", gap=0, enlarged=0)
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f"{data.TEMPORARY}{path.stem}.npy")
+    if world.rank == 0:  # all images at once may not fit into memory
+        np.lib.format.open_memmap(part, "w+", np.uint8, (count, *shape[1:], 3))
+    data.barrier()
+    array = np.lib.format.open_memmap(part, "r+")
+
+    def write(i, image):
+        array[i] = image.expand(3, -1, -1).permute(1, 2, 0).cpu()
+
+    yield write
+    array.flush()
+    data.barrier()
+    if world.rank == 0:
+        with data.atomic_write(path) as temporary, zipfile.ZipFile(temporary, "w") as file:
+            file.write(part, "arr_0.npy")
+        part.unlink()
+
+
+def evaluate(model, scorer, labels, world, *, steps=1, seed=0, write=None):
     """Return the scores of one sample per label, of which each process draws its share.
 
-    scorer: from fid.scorer. Writes the samples to `folder`, if given.
+    scorer: from fid.scorer. write: from image_writer, to keep the samples.
     """
 
     def batches():
@@ -149,45 +296,57 @@ def evaluate(model, scorer, labels, world, *, steps=1, seed=0, folder=None):
             x = generate(model.params, y, model.shape, steps=steps, seed=seed, indices=numbers)
             if not x.isfinite().all():
                 raise ValueError("samples have values that are not finite: give an earlier save")
-            images = to_uint8(x, model.kind, model.vae)
-            for i, image in zip(numbers, images if folder else ()):
-                save_grid(image[None], Path(folder, f"{i:06}.png"), gap=0, enlarged=0)
+            images = to_uint8(x, model)
+            for i, image in zip(numbers, images if write else ()):
+                write(i, image)
             yield images
 
-    return scorer(batches())
+    decoder = "float32, convolutions in TF32" if world.device.type == "cuda" else "float32"
+    precision = {"network": "float32", "decoder": model.vae and decoder}
+    return scorer(batches()) | {"steps": steps, "seed": seed, "precision": precision}
 
 
-def score(args, model, world):
-    """Print the line of JSON of --fid."""
-    file, classes = find_checkpoint(args.checkpoint), config(model.params).classes
-    labels = torch.arange(args.count) % classes
+def count_images(batches):
+    """Stand in for a scorer where only the images are wanted."""
+    return {"count": sum(map(len, batches))}
+
+
+def describe(weights, vae, classes="balanced"):
+    """Return the part of a line of scores that says what was judged."""
+    weights = f"{weights} sha256 {data.sha256(weights)}"
+    return {"classes": classes, "weights": weights, "vae": vae and data.sha256(vae)}
+
+
+def score(args, model, classes, world):
+    """Draw --count samples of these classes; print their scores, if --fid asks for them."""
+    places = torch.arange(args.count) % len(classes)
     if args.uniform:
         g = data.generator(args.seed, "classes", 0)
-        labels = torch.randint(classes, (args.count,), generator=g)
-    shape = image_shape(model.kind, model.shape)
-    scorer = fid.scorer(args.fid, args.inception, shape, world)
+        places = torch.randint(len(classes), (args.count,), generator=g)
+    labels, shape = torch.tensor(classes)[places], image_shape(model.kind, model.shape)
+    scorer = fid.scorer(args.fid, args.inception, shape, world) if args.fid else count_images
     data.barrier()  # before one process writes to --images, which the others check
-    decoder = model.vae and str(model.vae["post_quant_conv.bias"].dtype).removeprefix("torch.")
-    options = dict(steps=args.steps, seed=args.seed, folder=args.images)
-    result = evaluate(model, scorer, labels, world, **options) | {
-        "steps": args.steps,
-        "seed": args.seed,
-        "classes": "uniform" if args.uniform else "balanced",
-        "precision": {"network": "float32", "decoder": decoder},
-        "weights": f"{file} sha256 {data.sha256(file)}",
-        "vae": model.vae and data.sha256(args.vae),
-    }
-    if world.rank == 0:
-        print(json.dumps(result))
+    options = dict(steps=args.steps, seed=args.seed)
+    if args.images:
+        with image_writer(args.images, args.count, shape, world) as write:
+            result = evaluate(model, scorer, labels, world, write=write, **options)
+    else:
+        result = evaluate(model, scorer, labels, world, **options)
+    if world.rank == 0 and args.fid:
+        how = "uniform" if args.uniform else "balanced"
+        how += f", of {args.classes}" if args.classes else ""
+        print(json.dumps(result | describe(find_checkpoint(args.checkpoint), args.vae, how)))
+    elif world.rank == 0:
+        print(args.images)
 
 
 # --- the command line ---
 
 
 def parse_classes(text, count):
-    """Return the class numbers of --classes, or the first ten."""
+    """Return the class numbers of --classes, or all."""
     try:
-        classes = list(range(min(10, count))) if text is None else [*map(int, text.split(","))]
+        classes = list(range(count)) if text is None else [*map(int, text.split(","))]
     except ValueError:
         raise ValueError(f"--classes {text}: give numbers separated by commas, as 3,1,4") from None
     if bad := [c for c in classes if not 0 <= c < count]:
@@ -198,39 +357,57 @@ def parse_classes(text, count):
 def parse_arguments(argv):
     arguments = data.parser(__doc__)
     add = arguments.add_argument
-    add("checkpoint", help="a run's folder, or a safetensors file of weights")
-    add("--classes", help="comma-separated class numbers (default: the first ten)")
+    add("checkpoint", help="a run's folder, or a file of weights, .safetensors, .pt or .pth")
+    add("--classes", help="comma-separated (default: the first ten; all for --fid and --images)")
     add("--steps", type=int, default=1, help="evaluations of the network (default: 1)")
     add("--seed", type=int, default=0)
     add("--vae", help="sd-vae-ft-mse's file, which decodes latents (see data.py)")
-    add("--out", default="samples.png", help="the picture to write (default: samples.png)")
+    add("--scale", type=float, help=f"of latents, if not {data.SCALE}")
+    what = "; ".join(f"{name}: {meaning}" for name, meaning in CONVENTIONS.items())
+    add("--convention", choices=CONVENTIONS, help=f"of a network that predicts a velocity: {what}")
+    add("--out", help="the picture to write (default: samples.png)")
     add("--fid", metavar="REF", help="compare samples with this instead of writing a picture")
     add("--inception", help="pt_inception-2015-12-05-6726825d.pth (see fid.py)")
-    add("--count", type=int, default=50_000, help="samples for --fid (default: 50000)")
-    add("--uniform", action="store_true", help="draw the classes for --fid (default: in turn)")
-    add("--images", help="a folder to write the samples for --fid to (default: none)")
+    add("--images", type=Path, help="a folder, or a new .npz as ADM's, to write samples to")
+    add("--count", type=int, help="samples for --fid and --images (default: 50000)")
+    add("--uniform", action="store_true", help="draw their classes at random (default: in turn)")
     args = arguments.parse_args(argv)
-    if args.images and os.path.exists(args.images) and os.listdir(args.images):
-        raise ValueError(f"--images {args.images} already exists: give a new or an empty folder")
-    if not 1 < args.count < 2**29:
-        raise ValueError(f"--count {args.count}: give a number above 1 and below 2^29")
+    if not args.fid:
+        data.refuse(args, ["inception"], "without --fid")
+    if args.fid or args.images:
+        data.refuse(args, ["out"], "with --fid or --images")
+    else:
+        data.refuse(args, ["count", "uniform"], "without --fid or --images")
+    if args.images and args.images.exists():
+        if args.images.is_file() or any(args.images.iterdir()):
+            raise ValueError(f"--images {args.images} already exists: give another, or empty it")
+    if args.scale is not None and not args.scale > 0:
+        raise ValueError(f"--scale {args.scale}: give a number above 0")
+    args.out = args.out or "samples.png"
+    args.count = 50_000 if args.count is None else args.count
+    if args.count < 2:
+        raise ValueError(f"--count {args.count}: give a number above 1")
     return args
 
 
 def main(argv, world):
     args = parse_arguments(argv)
-    model = load(args.checkpoint, world.device)
+    model = load(args.checkpoint, world.device, args.convention)
     check_picture(args.out, image_shape(model.kind, model.shape)[0])
     classes = parse_classes(args.classes, config(model.params).classes)
-    if model.kind == "latents":
-        if args.vae is None:
-            raise ValueError(f"{args.checkpoint} makes latents: give --vae, sd-vae-ft-mse's file")
-        model = model._replace(vae=load_decoder(args.vae, world.device))
-    if args.fid:
-        score(args, model, world)
+    if model.kind == "pixels":
+        data.refuse(args, ["vae", "scale"], f"as {args.checkpoint} makes pixels")
+    elif args.vae is None:
+        raise ValueError(f"{args.checkpoint} makes latents: give --vae, sd-vae-ft-mse's file")
+    else:
+        vae, scale = data.load_vae(args.vae, world.device), args.scale or data.SCALE
+        model = model._replace(vae=vae, scale=scale)
+    if args.fid or args.images:
+        score(args, model, classes, world)
     elif world.rank == 0:
+        classes = classes if args.classes else classes[:10]
         x = generate(model.params, classes, model.shape, steps=args.steps, seed=args.seed)
-        save_grid(to_uint8(x, model.kind, model.vae), args.out)
+        save_grid(to_uint8(x, model), args.out)
         print(args.out)
 
 

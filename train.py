@@ -10,8 +10,9 @@ makes it save, without grid and scores, and end. The run's folder holds
     ema-STEP.safetensors      averaged weights, for sample.py: the last two and every 50,000th step
     state-STEP.safetensors    weights and Adam's moments, to continue from: the last two saves
     grid-STEP.png             one-step samples of the averaged weights, always from the same noise
-    log.jsonl                 the run's arguments, then mean losses every 50 steps and at saves and,
-                              with --fid, scores at saves
+    log.jsonl                 the run's arguments, then what to watch every 50 steps and at saves;
+                              with --fid, scores of the end and of every 50,000th step
+    curve.png                 the log's raw errors and gradient norm by step
 """
 
 import argparse
@@ -19,6 +20,7 @@ import json
 import math
 import signal
 import subprocess
+import sys
 import time
 from datetime import timedelta
 from functools import partial
@@ -30,6 +32,7 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageFont
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
@@ -43,6 +46,7 @@ SHARE = 0.75  # of the rows have r = t
 LOG_EVERY = 50  # steps
 KEEP = 2  # saves, in case the last is damaged
 LASTING = 50_000  # steps between averaged weights that are kept for good
+SAVE_EVERY, SAVE_SHARE = 500, 0.02  # steps, and of the time, unless --save is given
 
 
 class Recipe(NamedTuple):
@@ -51,19 +55,28 @@ class Recipe(NamedTuple):
     interval: tuple  # times at which it acts
     lr: float
     batch: int
-    steps: int
+    epochs: int
+    images: int  # of the data set that the epochs are for
     ema: float
 
 
-EPOCHS_240 = 240 * 1281167 // 256  # of ImageNet, as in the paper
 RECIPES = {  # Table 4 and the authors' code, for each of model.SIZES
-    "T/2": Recipe(1.0, 0.3, (0.0, 1.0), 3e-3, 64, 3000, 0.998),  # not the paper's: for the digits
-    "B/4": Recipe(1.0, 0.5, (0.0, 1.0), 1e-4, 256, EPOCHS_240, 0.9999),  # paper: 80 epochs
-    "B/2": Recipe(1.0, 0.5, (0.0, 1.0), 1e-4, 256, EPOCHS_240, 0.9999),
-    "M/2": Recipe(1.0, 0.5, (0.0, 1.0), 1e-4, 256, EPOCHS_240, 0.9999),  # guidance assumed
-    "L/2": Recipe(0.2, 0.92, (0.0, 0.8), 1e-4, 256, EPOCHS_240, 0.9999),
-    "XL/2": Recipe(0.2, 0.92, (0.0, 0.75), 1e-4, 256, EPOCHS_240, 0.9999),
+    "T/2": Recipe(1.0, 0.3, (0.0, 1.0), 3e-3, 64, 107, 1797, 0.998),  # not the paper's: for digits
+    "B/4": Recipe(1.0, 0.5, (0.0, 1.0), 1e-4, 256, 240, 1281167, 0.9999),  # paper: 80 epochs
+    "B/2": Recipe(1.0, 0.5, (0.0, 1.0), 1e-4, 256, 240, 1281167, 0.9999),
+    "M/2": Recipe(1.0, 0.5, (0.0, 1.0), 1e-4, 256, 240, 1281167, 0.9999),  # guidance assumed
+    "L/2": Recipe(0.2, 0.92, (0.0, 0.8), 1e-4, 256, 240, 1281167, 0.9999),
+    "XL/2": Recipe(0.2, 0.92, (0.0, 0.75), 1e-4, 256, 240, 1281167, 0.9999),
 }
+
+
+def count_steps(recipe, images):
+    """Return the steps of a run on a data set of so many images.
+
+    A smaller one than the recipe's takes more epochs, but fewer steps: both by the square root.
+    """
+    epochs = recipe.epochs * max(1, math.sqrt(recipe.images / images))
+    return max(1, int(epochs * images / recipe.batch))
 
 
 # --- what is trained ---
@@ -82,7 +95,7 @@ class Objective(torch.nn.Module):
     without ever averaging gradients.
     """
 
-    def __init__(self, params, recipe, compiled):
+    def __init__(self, params, recipe, compiled, precision="float32"):
         super().__init__()
         self.weights = torch.nn.ParameterList(params.values())  # where DDP finds them
         # One compiled block serves for all: as fast, on a CPU, as one graph of everything, which
@@ -93,10 +106,11 @@ class Objective(torch.nn.Module):
         guidance = dict(omega=recipe.omega, kappa=recipe.kappa, interval=recipe.interval)
         null = config(params).classes
         self.loss = partial(fast_loss, net, dual=dual, null=null, **guidance)
+        self.mixed = precision == "bfloat16"
 
     def forward(self, x, y, draws, equal):
         """Return the mean loss, and each row's t, r, loss and raw squared error, (B, 4)."""
-        with torch.autocast("cuda", torch.bfloat16, enabled=x.is_cuda):
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.mixed):
             loss, raw = self.loss(x, y, draws, equal=equal)
         return loss.mean(), torch.stack((draws.t, draws.r, loss.detach(), raw), 1)
 
@@ -192,7 +206,7 @@ def read_log(folder, step, run):
     except (ValueError, TypeError, KeyError):
         raise ValueError(f"{path} is not the log of a run: choose another --out") from None
     for key in run:
-        if key not in ("steps", "commit", "torch") and before.get(key) != run[key]:
+        if key not in ("steps", "precision", "commit", "torch") and before.get(key) != run[key]:
             found = f"{key} {before.get(key)}, not {run[key]}"
             raise ValueError(f"{folder} holds a run with {found}: choose another --out")
     return [first, *rest]
@@ -221,11 +235,12 @@ def commit():
 # --- what is watched ---
 
 
-def log_means(log, folder, history):
-    """Write a line of means over `history`, a list of (step, (B, 4)) as `Objective` returns.
+def log_means(log, folder, history, grad_norm, rate):
+    """Write a line of means over `history`, [(step, rows as `Objective` returns)], and the rest.
 
-    `log` is None except in the first process. Beside saving, this is the only place where the host
-    waits for the device. Raises ValueError in all processes if a value in any is not finite.
+    `log` is None except in the first process. Returns what to watch, formatted. Beside saving, this
+    is the only place where the host waits for the device. Raises ValueError in all processes if a
+    value in any is not finite.
     """
     rows = torch.cat([F.pad(rows, (1, 0), value=step) for step, rows in history])
     rows = torch.cat(fid.all_gather(rows.double().cpu()))
@@ -246,10 +261,14 @@ def log_means(log, folder, history):
         "loss": mean(loss),
         "raw_equal": mean(raw[t == r]),
         "raw_differ": mean(raw[t > r]),
+        "grad_norm": grad_norm,
+        "images_per_second": round(rate, 1),
         "time": round(time.time(), 3),
     }
     if log:
         log.write(json.dumps(line) + "\n")
+    shown = ("raw_equal", "raw_differ", "grad_norm", "images_per_second")
+    return {name: f"{line[name]:.4g}" for name in shown if line[name] is not None}
 
 
 def last_good(folder):
@@ -259,17 +278,63 @@ def last_good(folder):
     return f"{last or 'nothing was saved'}; choose another --out and a smaller --lr"
 
 
-def log_scores(log, step, model, scorer, count, world):
-    """Write a line of how good `count` samples of the averaged weights are; all processes draw."""
-    labels = torch.arange(count) % config(model.params).classes
-    scores = sample.evaluate(model, scorer, labels, world)
-    if log:
-        log.write(json.dumps({"step": step, **scores}) + "\n")
+def log_scores(log, args, model, scorer, world):
+    """Write a line of scores for each lasting save, and the run's last, that has none yet.
+
+    All processes draw --count samples of its averaged weights. Without a scorer, do nothing.
+    """
+    if scorer is None:
+        return
+    lines = [json.loads(line) for line in (args.out / "log.jsonl").read_text().splitlines()]
+    scored = [line["step"] for line in lines if "fid" in line]
+    saves = sample.checkpoints(args.out, "ema").items()
+    due = {k: path for k, path in saves if k % LASTING == 0 or k == args.steps}
+    labels = torch.arange(args.count) % config(model.params).classes
+    for step in fid.all_gather([k for k in due if k not in scored])[0]:  # as the first sees it
+        params = sample.load(due[step], world.device).params
+        scores = sample.evaluate(model._replace(params=params), scorer, labels, world)
+        if log:
+            line = {"step": step} | scores | sample.describe(due[step], args.vae)
+            log.write(json.dumps(line) + "\n")
+
+
+def save_curve(folder):
+    """Draw the raw errors and the gradient norm of log.jsonl by step, as curve.png."""
+    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()[1:]]
+    picture = Image.new("RGB", (960, 320), "white")
+    pen, font = ImageDraw.Draw(picture), ImageFont.load_default(13)
+    for left, names in ((60, ("raw_equal", "raw_differ")), (540, ("grad_norm",))):
+        right, top, bottom = left + 400, 40, 280
+        series = [[(k["step"], k[name]) for k in lines if k.get(name, 0)] for name in names]
+        values = [y for points in series for _, y in points]
+        if not values:
+            continue
+        ticks = [m * 10.0**k for k in range(-9, 10) for m in (1, 2, 5)]
+        low = max(y for y in ticks if y <= min(values))
+        high = min(y for y in ticks if y >= max(values) and y > low)
+
+        def place(step, value):
+            height = math.log(value / low) / math.log(high / low) * (bottom - top)
+            return left + step / lines[-1]["step"] * (right - left), bottom - height
+
+        for tick in (y for y in ticks if low <= y <= high):
+            (x, y), label = place(0, tick), f"{tick:g}"
+            pen.line((x, y, right, y), "lightgrey")
+            pen.text((left - 8, y), label, "black", font, anchor="rm")
+        pen.text((left, bottom + 8), "0", "black", font, anchor="mt")
+        end = f"step {lines[-1]['step']:,}"
+        pen.text((right, bottom + 8), end, "black", font, anchor="rt")
+        for i, (name, points) in enumerate(zip(names, series)):
+            colour = ("steelblue", "darkorange")[i]
+            pen.line([place(*point) for point in points], colour, 2)
+            pen.text((left + 110 * i, 14), name, colour, font)
+    with data.atomic_write(folder / "curve.png") as temporary:
+        picture.save(temporary, "PNG")
 
 
 def report(model, dataset, folder):
-    """Print the last grid's path and, for the digits, how good samples and real images are."""
-    print(max(folder.glob("grid-*.png"), default=folder))
+    """Print the pictures' paths and, for the digits, how good samples and real images are."""
+    print(max(folder.glob("grid-*.png"), default=folder), folder / "curve.png")
     if dataset.name != "digits":
         return
     reals, labels = dataset.items.flatten(1), dataset.labels
@@ -296,27 +361,37 @@ def report(model, dataset, folder):
 
 
 def parse_arguments(argv):
-    """Return the arguments, with `recipe`: the size's, changed by --steps, --batch and --lr."""
+    """Return the arguments, with `recipe`: the size's, changed by --batch, --lr and --guidance."""
     arguments = data.parser(__doc__)
     add = arguments.add_argument
     add("--size", default="T", help=f"{', '.join(RECIPES)}; /2 may be left out (default: T)")
     add("--data", help="what data.py wrote, or digits (default: digits for T, else data/imagenet)")
     add("--vae", help="its file, to decode grids (default: show a latent's first three channels)")
-    add("--fid", metavar="REF", help="log scores of samples against this at saves (see sample.py)")
+    add("--fid", metavar="REF", help="log scores of samples against this (see sample.py)")
     add("--inception", help="pt_inception-2015-12-05-6726825d.pth for --fid (see fid.py)")
-    add("--count", type=int, default=50_000, help="samples for --fid (default: 50000)")
-    add("--init", help="weights to start from: a .safetensors or .pt file with DiT's names")
+    add("--count", type=int, help="samples for --fid (default: 50000)")
+    add("--init", help="weights to start from: a file that sample.py can draw from")
+    add("--convention", choices=sample.CONVENTIONS, help="of --init (see sample.py)")
     add("--out", type=Path, help="the run's folder (default: runs/digits, runs/XL-2, ...)")
-    add("--steps", type=int, help="the last step of training (default: the size's recipe)")
+    add("--steps", type=int, help="the last step of training (default: by the size of the data)")
     add("--batch", type=int, help="images a step, over all processes (default: the size's recipe)")
     add("--lr", type=float, help="Adam's step size, constant (default: the size's recipe)")
+    guidance = "OMEGA KAPPA [T0 T1]: its two factors, for t in [T0, T1]; 1 0: none (default: the"
+    add("--guidance", nargs="+", type=float, help=f"{guidance} size's recipe)", metavar="OMEGA")
+    floats = ("float32", "bfloat16")
+    add("--precision", choices=floats, help="of GEMMs (default: bfloat16 on a GPU, else float32)")
     add("--seed", type=int, default=0)
-    add("--save", type=int, help="steps between saves (default: 2000; for the digits 500)")
+    saves = f"{SAVE_EVERY}, or so many more that saving takes {SAVE_SHARE:.0%} of the time"
+    add("--save", type=int, help=f"steps between saves (default: {saves})".replace("%", "%%"))
     parts = "parts in which a process computes its rows, if memory is short (default: 1)"
     add("--accumulate", type=int, default=1, help=parts)
     on_gpu = {"action": argparse.BooleanOptionalAction, "default": torch.cuda.is_available()}
     add("--compile", **on_gpu, help="compile the blocks (default: on a GPU)")
     args = arguments.parse_args(argv)
+    if not args.fid:
+        data.refuse(args, ["inception", "count"], "without --fid")
+    if not args.init:
+        data.refuse(args, ["convention"], "without --init")
     for name in ("steps", "batch", "lr", "save", "accumulate", "count"):
         value = getattr(args, name)
         if value is not None and not 0 < value < math.inf:
@@ -324,13 +399,24 @@ def parse_arguments(argv):
     size = args.size if args.size in RECIPES else f"{args.size}/2"
     if size not in RECIPES:
         raise ValueError(f"--size {args.size} is unknown: choose one of {', '.join(RECIPES)}")
-    changes = {k: v for k, v in vars(args).items() if k in ("steps", "batch", "lr") and v}
+    changes = {k: v for k, v in vars(args).items() if k in ("batch", "lr") and v}
+    if args.guidance:
+        changes |= parse_guidance(*args.guidance)
     args.size, args.recipe = size, RECIPES[size]._replace(**changes)
     args.data = args.data or ("digits" if size == "T/2" else "data/imagenet")
     digits = args.data == "digits"
     args.out = args.out or Path("runs", "digits" if digits else size.replace("/", "-"))
-    args.save = args.save or (500 if digits else 2000)
+    args.precision = args.precision or ("bfloat16" if torch.cuda.is_available() else "float32")
+    args.count = args.count or 50_000
     return args
+
+
+def parse_guidance(omega, kappa=math.nan, start=0.0, end=1.0, *more):
+    """Return the numbers of --guidance as changes of a Recipe."""
+    if more or not (0 <= omega < math.inf and 0 <= kappa < 1 and 0 <= start <= end <= 1):
+        hint = "give OMEGA >= 0, KAPPA in [0, 1) and perhaps T0 <= T1 in [0, 1]"
+        raise ValueError(f"--guidance {omega} {kappa} {start} {end}: {hint}")
+    return {"omega": omega, "kappa": kappa, "interval": (start, end)}
 
 
 def find_start(args, world):
@@ -342,67 +428,59 @@ def find_start(args, world):
     starts = fid.all_gather(newest(args.out))
     if len(set(starts)) > 1:
         raise ValueError(f"processes see saves of steps {starts}: put --out on a shared disk")
-    if starts[0] > args.recipe.steps:
+    if starts[0] > args.steps:
         hint = f"give --steps {starts[0]} or more, or another --out"
         raise ValueError(f"{args.out} holds a run of {starts[0]} steps: {hint}")
     return starts[0]
 
 
 def load_dataset(args, world):
-    """Return what --data names. Raise ValueError if it does not suit --size."""
+    """Return what --data names, and decide what depends on it: --steps and the guidance.
+
+    Raises ValueError if it does not suit the other arguments.
+    """
     dataset = data.load_data(args.data, world.rank, world.size)
     *_, patch = SIZES[args.size]
     if any(side % patch for side in dataset.shape[1:]):
         found = f"{args.data} holds {dataset.shape}, not divisible by patches of {patch}"
         raise ValueError(f"{found}: choose another --size, or convert with another --resolution")
+    if dataset.kind == "pixels":
+        data.refuse(args, ["vae"], f"as {args.data} holds pixels")
+    if len(dataset.classes) == 1:
+        data.refuse(args, ["guidance"], f"as {args.data} has one class")
+        args.recipe = args.recipe._replace(omega=1.0, kappa=0.0)
+    images, batch, recipe = len(dataset.labels), args.recipe.batch, args.recipe
+    args.steps = args.steps or count_steps(recipe, images)
+    if world.rank == 0:
+        scale = "no guidance" if (recipe.omega, recipe.kappa) == (1, 0) else "guidance of scale "
+        scale += f"{recipe.omega / (1 - recipe.kappa):.3g}" if scale.endswith(" ") else ""
+        epochs = f"{args.steps:,} steps of {batch} are {args.steps * batch / images:,.0f} epochs"
+        print(f"{images:,} images of {len(dataset.classes):,} classes: {epochs}; {scale}")
     return dataset
 
 
-def load_external(path):
-    """Return the tensors, {name: tensor}, and metadata of a checkpoint, whoever wrote it.
+def warm_start(params, path, convention, classes):
+    """Return fresh `params` with the values of a checkpoint of the same size, and a line on it.
 
-    Of a pickle, in which code is refused, the averaged weights are taken if there are some. Raises
-    ValueError or FileNotFoundError.
+    path, convention: see sample.convert. A missing `h_embedder` is created so that it adds nothing:
+    at first u(z, t, r) is the checkpoint's v(z, t). A label that the checkpoint does not know by
+    name, or else by number among as many, starts as its null label.
     """
-    hint = "give --init a .safetensors or .pt file of weights"
-    if Path(path).suffix == ".safetensors" or not Path(path).is_file():
-        return data.read_tensors(path, hint)
-    try:
-        with torch.serialization.safe_globals([argparse.Namespace]):  # in DiT's and SiT's files
-            found = torch.load(path, map_location="cpu", weights_only=True)
-        for key in ("ema", "model"):
-            found = found[key] if isinstance(found.get(key), dict) else found
-        return {name: p for name, p in found.items() if torch.is_tensor(p)}, {}
-    except Exception as error:  # of many types, some with pages of text
-        why = f"cannot be read as tensors without code ({type(error).__name__})"
-        raise ValueError(f"{path} {why}: {hint}") from None
-
-
-def warm_start(params, path, classes):
-    """Return fresh `params` with the values of a checkpoint of the same size with DiT's names.
-
-    Of an output of twice the channels, as DiT and SiT have for a variance, the first half is kept.
-    A missing `h_embedder` is created so that it adds nothing: at first u(z, t, r) is the
-    checkpoint's v(z, t), of use if that is e - x at z = (1 - t) x + t e, as in REPA's SiT. SiT's
-    time and velocity are reversed, DiT predicts noise. Also returns a line on what was taken.
-    """
-    tensors, metadata = load_external(path)
-    if "run" in metadata and json.loads(metadata.get("classes", "null")) not in (None, classes):
-        raise ValueError(f"{path} has other classes than --data, or in another order")
-    channels = config(params).channels
-    for name in ("final_layer.linear.weight", "final_layer.linear.bias"):
-        if name in tensors and tensors[name].shape[:1] == (2 * len(params[name]),):
-            parts = tensors[name].split(channels)  # p q 2 (c ...)
-            tensors[name] = torch.cat(parts[::2])
-    created = {k: p for k, p in params.items() if k.startswith("h_embedder") and k not in tensors}
+    tensors, metadata = sample.read_weights(path)
+    taken, table = sample.convert(path, tensors, convention), "y_embedder.embedding_table.weight"
+    *rows, null = taken[table]
+    unnamed = classes if len(classes) == len(rows) else []
+    known = json.loads(metadata["classes"]) if metadata.keys() >= {"run", "classes"} else unnamed
+    rows = dict(zip(known, rows))
+    taken[table] = torch.stack([*(rows.get(name, null) for name in classes), null])
+    created = {k: p for k, p in params.items() if k.startswith("h_embedder") and k not in taken}
     created |= {k: torch.zeros_like(p) for k, p in created.items() if ".mlp.2." in k}
-    taken = {name: p for name, p in tensors.items() if name in params}
     shapes = {name: tuple(p.shape) for name, p in params.items()}
-    hint = "give --init a checkpoint of the same --size, channels and classes"
+    hint = "give --init a checkpoint of the same --size and channels"
     data.check_tensors(path, taken | created, shapes, hint)
-    skipped = sorted(tensors.keys() - params.keys())
-    line = f"{path}: {len(taken)} tensors taken, skipped {skipped}, created {sorted(created)}"
-    return {name: p.float() for name, p in (taken | created).items()}, line
+    new = sum(name not in rows for name in classes)
+    line = f"{path}: {len(taken)} tensors taken, created {sorted(created)}, {new} labels are new"
+    return taken | created, line
 
 
 def begin(args, dataset, start, world):
@@ -411,7 +489,7 @@ def begin(args, dataset, start, world):
     g = data.generator(args.seed, "init", 0)
     params = init(args.size, channels=channels, classes=len(classes), generator=g)
     if args.init is not None and not start:
-        params, line = warm_start(params, args.init, classes)
+        params, line = warm_start(params, args.init, args.convention, classes)
         if world.rank == 0:
             print(line)
     params = {name: torch.nn.Parameter(p.to(world.device)) for name, p in params.items()}
@@ -435,7 +513,8 @@ def open_run(args, dataset, start, world):
     """
     kind, shape = dataset.kind, dataset.shape
     images = sample.image_shape(kind, shape)
-    run = {name: getattr(args, name) for name in ("size", "init", "seed")}
+    names = ("size", "init", "convention", "seed", "steps", "precision")
+    run = {name: getattr(args, name) for name in names}
     run |= {"data": dataset.name, "commit": commit(), "torch": torch.__version__}
     run |= args.recipe._asdict() | {"interval": list(args.recipe.interval)}
     lines = read_log(args.out, start, run)
@@ -446,7 +525,7 @@ def open_run(args, dataset, start, world):
         "classes": json.dumps(dataset.classes),
         "run": lines[0],
     }
-    vae = None if args.vae is None else sample.load_decoder(args.vae, world.device)
+    vae = None if args.vae is None else data.load_vae(args.vae, world.device)
     if args.fid and kind == "latents" and not vae:
         raise ValueError("--fid needs --vae, sd-vae-ft-mse's file, to decode latents")
     scorer = fid.scorer(args.fid, args.inception, images, world) if args.fid else None
@@ -469,54 +548,86 @@ def any_process(flag):
 
 
 def save(folder, step, state, model, metadata, skip_grid):
-    """Write the sample grid, always from the same noise, then the checkpoint; on SIGTERM skip the
-    grid. Raise ValueError, and write nothing, if a weight is not finite."""
+    """Write the sample grid, always from the same noise, the curve and the checkpoint; on SIGTERM
+    skip the grid. Raise ValueError, and write nothing, if a weight is not finite."""
     if not all(p.isfinite().all() for p in state.params.values()):
         raise ValueError(f"the weights are not finite after step {step}; {last_good(folder)}")
     if not skip_grid:
         labels = torch.arange(100) * config(model.params).classes // 100
         x = sample.generate(model.params, labels, model.shape)
-        sample.save_grid(sample.to_uint8(x, model.kind, model.vae), folder / f"grid-{step:08}.png")
+        sample.save_grid(sample.to_uint8(x, model), folder / f"grid-{step:08}.png")
+    save_curve(folder)
     save_checkpoint(folder, step, state, metadata)
+
+
+def add_gradients(objective, parts):
+    """Add the gradients of a batch, given in parts, and return all its rows, (B, 4)."""
+    rows = []
+    for k, (x, y, draws, equal) in enumerate(parts, 1):
+        objective.require_backward_grad_sync = k == len(parts)  # DDP averages gradients once
+        loss, part = objective(x, y, draws, equal)
+        (loss / len(parts)).backward()
+        rows.append(part)
+    return torch.cat(rows)
+
+
+def update(state, recipe, step):
+    """Take Adam's step, move the average after it, and return the norm of the gradients.
+
+    differs from the paper: at first the average is over a tenth of the steps so far, so that it
+    holds nothing of the initial weights; from step 90,000 on it is the paper's.
+    """
+    params = [*state.params.values()]
+    norm = torch.nn.utils.get_total_norm([p.grad for p in params])
+    state.adam.step()
+    state.adam.zero_grad()
+    decay = min(recipe.ema, (1 + step) / (10 + step))
+    torch._foreach_lerp_([*state.ema.values()], [p.detach() for p in params], 1 - decay)
+    return norm
 
 
 def main(argv, world):
     args = parse_arguments(argv)
-    recipe, folder, step = args.recipe, args.out, find_start(args, world)
-    dataset = load_dataset(args, world)
+    dataset, folder, recipe = load_dataset(args, world), args.out, args.recipe
+    step, first = find_start(args, world), world.rank == 0
     model, scorer, state, metadata, log = open_run(args, dataset, step, world)
-    params, ema, adam = state
-    objective = parallel(Objective(params, recipe, args.compile), world)
+    log_scores(log, args, model, scorer, world)
+    objective = parallel(Objective(state.params, recipe, args.compile, args.precision), world)
 
     terminated, stopped, history = Event(), False, []
     signal.signal(signal.SIGTERM, lambda *_: terminated.set())
     batches = stream(dataset, recipe.batch, args.seed, step, world, args.accumulate)
-    steps = range(step + 1, recipe.steps + 1)
-    for step in tqdm(steps, initial=step, total=recipe.steps, disable=world.rank > 0):
-        parts = next(batches)
-        for k, (x, y, draws, equal) in enumerate(parts, 1):
-            objective.require_backward_grad_sync = k == len(parts)  # DDP averages gradients once
-            loss, rows = objective(x, y, draws, equal)
-            (loss / len(parts)).backward()
-            history.append((step, rows))
-        adam.step()
-        adam.zero_grad()
-        torch._foreach_lerp_([*ema.values()], [p.detach() for p in params.values()], 1 - recipe.ema)
+    interval = 0.1 if sys.stderr.isatty() else 60  # seconds between lines in a scheduler's file
+    progress = tqdm(initial=step, total=args.steps, disable=not first, mininterval=interval)
+    begin = clock = time.monotonic()
+    in_saves = 0.0
+    for step in range(step + 1, args.steps + 1):
+        history.append((step, add_gradients(objective, next(batches))))
+        norm = update(state, recipe, step)
+        progress.update()
 
         stopped = any_process(terminated.is_set())
-        saving = stopped or step % args.save == 0 or step % LASTING == 0 or step == recipe.steps
+        saving = stopped or step % LASTING == 0 or step == args.steps
+        if step % (args.save or SAVE_EVERY) == 0:
+            cheap = args.save or in_saves <= SAVE_SHARE * (time.monotonic() - begin)
+            saving |= any_process(first and cheap)
         if saving or step % LOG_EVERY == 0:
-            log_means(log, folder, history)
+            rate = recipe.batch * len(history) / (time.monotonic() - clock)
+            progress.set_postfix(log_means(log, folder, history, norm.item(), rate))
             history.clear()
-        if saving and world.rank == 0:
-            save(folder, step, state, model, metadata, skip_grid=stopped)
-        if stopped:
-            break
-        if saving and scorer:
-            log_scores(log, step, model, scorer, args.count, world)
-    if stopped and world.rank == 0:
+            clock = time.monotonic()
+            if saving and first:
+                save(folder, step, state, model, metadata, skip_grid=stopped)
+                in_saves += time.monotonic() - clock
+            if stopped:
+                break
+            if saving:
+                log_scores(log, args, model, scorer, world)
+            clock = time.monotonic()
+    progress.close()
+    if stopped and first:
         print(f"stopped by SIGTERM after step {step}, which is saved: the same command continues")
-    elif world.rank == 0:
+    elif first:
         report(model, dataset, folder)
 
 

@@ -15,7 +15,7 @@ from conftest import paint
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
-from processes import LAUNCH, ROOT, fails, finish, fork, start
+from processes import ENVIRONMENT, LAUNCH, ROOT, fails, finish, fork, run, start
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch.utils.data import ConcatDataset
@@ -27,8 +27,12 @@ slow = pytest.mark.slow  # starts processes
 
 
 def test_the_digits_are_all_there():
-    _, kind, classes, shape, labels, images = data.digits()
-    assert images.shape == (1797, *shape) == (1797, 1, 8, 8) and images.dtype == torch.float32
+    _, kind, classes, shape, mirror, labels, images = data.digits()
+    assert (
+        not mirror
+        and images.shape == (1797, *shape) == (1797, 1, 8, 8)
+        and images.dtype == torch.float32
+    )
     assert images.min() == -1 and images.max() == 1 and len(images.unique()) == 17
     assert kind == "pixels" and classes == list("0123456789") and labels.dtype == torch.int64
     assert labels.bincount().tolist() == [
@@ -84,6 +88,7 @@ def numbered(kind, sizes=(3, 0, 5, 2)):
         kind,
         ["x"] * len(items),
         tuple(items.shape[-3:]),
+        True,
         numbers.long(),
         ConcatDataset(items.split(sizes)),
     )
@@ -131,10 +136,16 @@ def test_a_latent_is_a_fresh_sample_of_its_posterior_or_of_its_mirror_images():
     assert len((noise * 1e3).round().unique(dim=0)) == 400  # one for each visit
 
 
-def test_digits_are_not_mirrored():
+def test_without_mirror_images_every_item_is_seen_as_it_is():
     images = data.digits().items
     x, _ = data.batch(data.digits(), 1797, seed=0, step=0)
     assert torch.equal(x.flatten(1).unique(dim=0), images.flatten(1).unique(dim=0))
+    dataset = numbered("pixels")._replace(mirror=False)
+    x, y = data.batch(dataset, 100, seed=0, step=0)
+    assert torch.equal(((x[:, 0, 0, 0] + 1) * 127.5).round().long(), 2 * y)
+    dataset = numbered("latents")._replace(mirror=False)
+    x, y = data.batch(dataset, 100, seed=0, step=0)
+    assert (x.flatten(1).mean(1) / 0.18215 > y - 0.5 - y / 9).all()
 
 
 def test_ahead_makes_in_order_a_few_ahead_and_hands_on_what_goes_wrong():
@@ -201,10 +212,10 @@ def pictures(tmp_path_factory):
 LEFT_OUT = ["class0/4.jpg", "class1/notes.txt", "class2/0.jpg"]
 
 
-def convert(pictures, out):
+def convert(pictures, out, *flags):
     """Make small shards in this process, and return what is printed."""
     with mock.patch.object(data, "SHARD", 4), redirect_stdout(io.StringIO()) as printed:
-        data.main([str(pictures), str(out), "--resolution", "16"], data.World())
+        data.main([str(pictures), str(out), "--resolution", "16", *flags], data.World())
     return printed.getvalue()
 
 
@@ -321,6 +332,56 @@ def test_without_resolution_pixels_keep_the_size_of_the_first(pictures, tmp_path
     assert data.load_data(tmp_path / "data").shape == (3, min(first.size), min(first.size))
 
 
+def test_a_flat_folder_is_one_class(pictures, tmp_path):
+    folder = tmp_path / "photos"
+    shutil.copytree(pictures / "class0", folder)
+    printed = convert(folder, tmp_path / "data")
+    assert "one class: labels, and so guidance, will make no difference" in printed
+    dataset = data.load_data(tmp_path / "data")
+    assert dataset.classes == ["photos"] and dataset.labels.tolist() == [0] * 8 and dataset.mirror
+
+
+@pytest.mark.parametrize("flags, views", [([], 2), (["--no-mirror"], 1)])
+def test_mirror_images_are_in_the_index_and_in_latents(
+    monkeypatch, pictures, tmp_path, flags, views
+):
+    """Other flags than the folder's own are refused."""
+    monkeypatch.setattr(data, "encode", lambda vae, x: 2 * (x[:, :1, ::8, ::8],))
+    monkeypatch.setattr(data, "load_vae", lambda *_: {"w": torch.zeros(1)})
+    (tmp_path / "vae").write_text("x")
+    words = [str(pictures), str(tmp_path / "data"), "--vae", str(tmp_path / "vae")]
+    words += ["--resolution", "16"]
+    data.main([*words, *flags], data.World())
+    dataset = data.load_data(tmp_path / "data")
+    assert dataset.mirror == (views == 2) and dataset.items[0].shape == (views, 2, 1, 2, 2)
+    convert(pictures, tmp_path / "pixels", *flags)
+    assert data.load_data(tmp_path / "pixels").mirror == dataset.mirror
+    other = [] if flags else ["--no-mirror"]
+    assert "choose another OUT" in fails(monkeypatch, "data.py", *words[:2], *other)
+
+
+def test_files_lock_where_there_is_no_fcntl(tmp_path):
+    """On Windows, whose module msvcrt a stand-in replaces here."""
+    (tmp_path / "msvcrt.py").write_text(
+        "LK_NBLCK = 2\nheld = []\n"
+        "def locking(number, mode, size):\n"
+        "    if held:\n        raise PermissionError(13, 'Permission denied')\n"
+        "    held.append((number, mode, size))\n"
+    )
+    code = (
+        "import sys; sys.modules['fcntl'] = None\n"
+        "import data, pathlib, msvcrt\n"
+        "folder = pathlib.Path(sys.argv[1])\n"
+        "lock = data.lock_folder(folder)\n"
+        "assert msvcrt.held == [(lock.fileno(), 2, 1)]\n"
+        "try:\n    data.lock_folder(folder)\n"
+        "except OSError as error:\n    print(error)\n"
+    )
+    with mock.patch.dict(ENVIRONMENT, {"PYTHONPATH": str(tmp_path)}):
+        printed = run("-c", code, tmp_path / "folder")
+    assert "folder cannot be locked ([Errno 13] Permission denied)" in printed
+
+
 # --- bad input ---
 
 
@@ -330,17 +391,22 @@ def test_without_resolution_pixels_keep_the_size_of_the_first(pictures, tmp_path
         (
             lambda folder: shutil.rmtree(folder),
             [],
-            "train holds no folders: give one with a folder of images per class",
+            "train is not a folder: give one with a folder of images per class",
         ),
         (
             lambda folder: (shutil.rmtree(folder), folder.write_text("x")),
             [],
-            "train holds no folders: give one with",
+            "train is not a folder: give one with",
         ),
         (
             lambda folder: [shutil.rmtree(p) for p in folder.iterdir()],
             [],
-            "train holds no folders: give one with",
+            "train holds no image: put its images there",
+        ),
+        (
+            lambda folder: shutil.copy(folder / "class1" / "0.jpg", folder),
+            [],
+            "train/0.jpg lies beside folders of classes: move it into one of them",
         ),
         (
             lambda folder: (folder / "class3").mkdir(),
@@ -493,7 +559,7 @@ def test_a_disk_without_locks_is_named(monkeypatch, tmp_path):
     def unsupported(*_):
         raise OSError(37, "No locks available")
 
-    monkeypatch.setattr(data.fcntl, "flock", unsupported)
+    monkeypatch.setattr(data, "flock", unsupported)
     with pytest.raises(OSError, match=f"{tmp_path} cannot be locked .*No locks.*: choose one on a"):
         data.lock_folder(tmp_path)
 
@@ -649,16 +715,32 @@ def test_damaged_shards(monkeypatch, shards, tmp_path, kind):
 
 
 def test_the_cpu_generator_takes_no_more_than_32_bits_of_a_seed():
-    """This is why `generator` does not simply shift the run's seed."""
+    """This is why `generator` fills its whole state."""
     a, b = (torch.rand(3, generator=torch.Generator().manual_seed(s)) for s in (5, 5 + 2**32))
     assert (a == b).all()
 
 
-@given(seeds, st.integers(0, 2**29 - 5))
+@given(seeds, st.integers(0, 2**40))
 def test_random_numbers_of_different_things_differ(seed, k):
-    keys = [
-        (seed + a, stream, k + b) for a in range(3) for stream in data.STREAMS for b in range(5)
-    ]
+    """Also of seeds 2,584 or 2^32 apart, which shared streams while a seed had 32 bits."""
+    seeds, places = (seed, seed + 1, seed + 2584, seed + 2**32), (*range(k, k + 5), k + 2**32)
+    keys = [(seed, stream, place) for seed in seeds for stream in data.STREAMS for place in places]
     firsts = [tuple(torch.rand(4, generator=data.generator(*key)).tolist()) for key in keys]
     assert len(set(firsts)) == len(keys)
     assert firsts[7] == tuple(torch.rand(4, generator=data.generator(*keys[7])).tolist())
+
+
+@given(seeds, st.integers(0, 2**40))
+def test_random_numbers_are_those_of_numpys_mersenne_twister_in_the_same_state(seed, k):
+    """So all 624 words lie where torch keeps them, and the first number is made from them."""
+    halves = [part for number in (seed, 4, k) for part in (number % 2**32, number // 2**32)]
+    twister, words = np.random.RandomState(), np.random.SeedSequence(halves).generate_state(624)
+    twister.set_state(("MT19937", words, 624))
+    want = torch.from_numpy(twister.randint(2**32, size=1500, dtype=np.uint64).astype(np.int64))
+    g = data.generator(seed, data.STREAMS[4], k)
+    assert torch.equal(torch.randint(2**20, (1500,), generator=g), want % 2**20)
+
+
+def test_a_seed_may_be_negative():
+    a, b = (torch.rand(3, generator=data.generator(seed, "init", 0)) for seed in (-1, 1))
+    assert (a != b).all()

@@ -145,7 +145,7 @@ def damage(name):
         (
             "missing",
             "blocks.0.mlp.fc1.bias is missing, should be (256,): "
-            "give a run's folder or weights that",
+            "give a run's folder, or .safetensors, .pt or .pth weights",
         ),
         ("extra", "blocks.0.mlp.fc3.bias is (3,), should be absent"),
         ("misshapen", "blocks.0.attn.qkv.weight is (3, 64), should be (192, 64)"),
@@ -163,7 +163,7 @@ def test_bad_checkpoints(monkeypatch, checkpoint, kind, words):
 
 
 def test_missing_checkpoints(monkeypatch, tmp_path):
-    assert "is not a file: give a run's folder or weights that train.py wrote" in fails(
+    assert "is not a file: give a run's folder, or .safetensors, .pt or .pth weights" in fails(
         monkeypatch, "sample.py", tmp_path / "no"
     )
     assert f"python train.py --out {tmp_path}" in fails(monkeypatch, "sample.py", tmp_path)
@@ -225,7 +225,7 @@ def test_samples_that_are_not_finite_have_no_distance(checkpoint):
     params = {name: p * 1e38 for name, p in checkpoint[1].items()}
     bad = sample.ImageModel(params, "pixels", (1, 8, 8), None)
     with pytest.raises(ValueError, match="samples have values that are not finite"):
-        sample.evaluate(bad, list, torch.arange(4), data.World())
+        sample.evaluate(bad, sample.count_images, torch.arange(4), data.World())
 
 
 def test_a_reference_of_other_features_is_refused_before_anything_is_drawn(
@@ -316,8 +316,17 @@ def test_what_data_py_wrote_is_a_reference_too(checkpoint, tmp_path, capsys):
         ),
         (
             ["--fid", "digits", "--images", "tests"],
-            "--images tests already exists: give a new or an empty folder",
+            "--images tests already exists: give another, or empty it",
         ),
+        (["--images", "README.md"], "--images README.md already exists: give another, or empty"),
+        (["--count", "9"], "--count would be ignored without --fid or --images: leave it out"),
+        (["--uniform"], "--uniform would be ignored without --fid or --images: leave it out"),
+        (["--inception", "x"], "--inception would be ignored without --fid: leave it out"),
+        (["--fid", "digits", "--out", "x.png"], "--out would be ignored with --fid or --images:"),
+        (["--vae", "x"], "run makes pixels: leave it out"),
+        (["--scale", "1"], "--scale would be ignored as "),
+        (["--scale", "0"], "--scale 0.0: give a number above 0"),
+        (["--convention", "ours"], "argument --convention: invalid choice: 'ours' (choose from"),
         (["--fid", "digits", "--count", "1"], "--count 1: give a number above 1"),
         (
             ["--fid", "digits", "--inception", "no.pth"],
@@ -333,9 +342,10 @@ def test_a_process_without_a_share_draws_nothing(checkpoint):
     """Four processes draw two samples: two of them have none, and the others theirs."""
     model = sample.load(checkpoint[0])
     shares = [
-        sample.evaluate(model, list, torch.arange(2), data.World(rank, 4)) for rank in range(4)
+        sample.evaluate(model, sample.count_images, torch.arange(2), data.World(rank, 4))
+        for rank in range(4)
     ]
-    assert [sum(map(len, share)) for share in shares] == [1, 1, 0, 0]
+    assert [share["count"] for share in shares] == [1, 1, 0, 0]
 
 
 def test_only_the_first_process_writes_the_picture(checkpoint, tmp_path, capsys):
@@ -346,14 +356,15 @@ def test_only_the_first_process_writes_the_picture(checkpoint, tmp_path, capsys)
 def test_latents_become_images(monkeypatch):
     """Through the VAE, unscaled; or their first three channels as colours."""
     x = torch.linspace(-3, 3, 2 * 4 * 2 * 2).reshape(2, 4, 2, 2)
-    shown = sample.to_uint8(x, "latents")
+    model = sample.ImageModel({}, "latents", (4, 2, 2))
+    shown = sample.to_uint8(x, model)
     want = ((x[:, :3] / 3 + 1) * 127.5).round().clamp(0, 255).byte()
     assert shown.dtype == torch.uint8 and torch.equal(shown, want)
     monkeypatch.setattr(data, "decode", lambda vae, z: z[:, :3].repeat_interleave(8, 2) * vae)
-    decoded = sample.to_uint8(x * 0.18215 / 3, "latents", vae=1.0)
+    decoded = sample.to_uint8(x * 0.18215 / 3, model._replace(vae=1.0))
     assert torch.equal(decoded, want.repeat_interleave(8, 2))
     assert torch.equal(
-        sample.to_uint8(torch.tensor([-2.0, -1, 0, 1, 2]), "pixels"),
+        sample.to_uint8(torch.tensor([-2.0, -1, 0, 1, 2]), model._replace(kind="pixels")),
         torch.tensor([0, 0, 128, 255, 255], dtype=torch.uint8),
     )
 

@@ -17,7 +17,7 @@ import pytest
 import torch
 from conftest import paint
 from processes import LAUNCH, ROOT, fails, finish, fork, run, start
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 import data
 import meanflow
@@ -35,7 +35,8 @@ def command(out, *flags, steps=60):
 
 def losses(folder):
     entries = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()[1:]]
-    return [{key: value for key, value in entry.items() if key != "time"} for entry in entries]
+    clock = ("time", "images_per_second")
+    return [{key: value for key, value in entry.items() if key not in clock} for entry in entries]
 
 
 def final(folder, step=60):
@@ -58,7 +59,7 @@ def undisturbed(tmp_path_factory):
 @slow
 def test_a_run_leaves_what_it_promises(undisturbed):
     folder, printed = undisturbed
-    assert {p.name for p in folder.iterdir()} == {"log.jsonl", ".lock"} | {
+    assert {p.name for p in folder.iterdir()} == {"log.jsonl", ".lock", "curve.png"} | {
         f"grid-{k:08}.png" for k in range(10, 61, 10)
     } | {f"{kind}-{k:08}.safetensors" for kind in ("ema", "state") for k in (50, 60)}
     first = json.loads((folder / "log.jsonl").read_text().splitlines()[0])
@@ -292,9 +293,11 @@ def test_recipes_are_the_papers():
             (0, end),
             1e-4,
             256,
-            240 * 1281167 // 256,
+            240,
+            1281167,
             0.9999,
         )
+        assert train.count_steps(train.RECIPES[size], 1281167) == 240 * 1281167 // 256
     assert train.RECIPES.keys() == model.SIZES.keys()
 
 
@@ -308,25 +311,28 @@ def test_three_steps_are_adam_on_the_loss_and_the_average(tmp_path, parts):
     dataset, recipe = data.digits(), train.RECIPES["T/2"]
     g = data.generator(0, "init", 0)
     w = model.init("T/2", channels=1, classes=10, generator=g)
-    average, m, v = dict(w), dict.fromkeys(w, 0), dict.fromkeys(w, 0)
+    average, m, v = {k: p.clone() for k, p in w.items()}, dict.fromkeys(w, 0), dict.fromkeys(w, 0)
     for k in (1, 2, 3):
         w = {name: p.detach().requires_grad_() for name, p in w.items()}
         x, y = data.batch(dataset, 8, seed=0, step=k - 1)
         draws = meanflow.draw(x.shape, generator=data.generator(0, "draws", k - 1))
         rows, raw = meanflow.loss(partial(model.dit, w), x, y, draws, null=10, kappa=recipe.kappa)
+        norms = []
         for name, gradient in zip(w, torch.autograd.grad(rows.mean(), w.values())):
+            norms.append(gradient.norm().item())
             m[name] = 0.9 * m[name] + 0.1 * gradient
             v[name] = 0.95 * v[name] + 0.05 * gradient**2
             step = m[name] / (1 - 0.9**k) / ((v[name] / (1 - 0.95**k)).sqrt() + 1e-8)
             w[name] = w[name].detach() - recipe.lr * step
-            average[name] = recipe.ema * average[name] + (1 - recipe.ema) * w[name]
+            average[name] += 9 / (10 + k) * (w[name] - average[name])
     for name in w:
         assert (m[name] - state[f"exp_avg.{name}"]).norm() <= 1e-3 * m[name].norm() + 1e-9
         assert (w[name] - state[f"weights.{name}"]).norm() <= 1e-4 * w[name].norm() + 1e-6
-        moved = (average[name] - ema[name]).norm() / (1 - recipe.ema)
-        assert moved <= 1e-2 * (1e-3 + (average[name] - w[name]).norm() / (1 - recipe.ema))
+        assert (average[name] - ema[name]).norm() <= 1e-3 * average[name].norm() + 1e-6
     [line] = losses(tmp_path / "run")
     assert line["step"] == 3
+    grads = (gradient for gradient in norms)
+    assert line["grad_norm"] == pytest.approx(math.hypot(*grads), rel=1e-3)
 
 
 def test_the_log_holds_the_means_over_rows():
@@ -335,10 +341,12 @@ def test_the_log_holds_the_means_over_rows():
     r = torch.tensor([0.5, 0.6, 0.1, 0.2, 0.9])
     loss, raw = torch.arange(5.0), 10 * torch.arange(5.0)
     rows, log = torch.stack((t, r, loss, raw), 1), io.StringIO()
-    train.log_means(log, None, [(7, rows[:3]), (8, rows[3:])])
+    shown = train.log_means(log, None, [(7, rows[:3]), (8, rows[3:])], 0.125, 77.77)
     line = json.loads(log.getvalue())
     assert line.pop("time") > 1.7e9
-    assert line == {"step": 8, "loss": 2.0, "raw_equal": 50 / 3, "raw_differ": 25.0}
+    seen = {"raw_equal": 50 / 3, "raw_differ": 25.0, "grad_norm": 0.125, "images_per_second": 77.8}
+    assert line == {"step": 8, "loss": 2.0, **seen}
+    assert shown == {name: f"{value:.4g}" for name, value in seen.items()}
 
 
 def test_the_recipe_reaches_the_loss(monkeypatch, tmp_path):
@@ -350,9 +358,16 @@ def test_the_recipe_reaches_the_loss(monkeypatch, tmp_path):
 
     monkeypatch.setattr(train, "fast_loss", spy)
     monkeypatch.setattr(train, "report", lambda *_: None)
-    monkeypatch.setitem(train.RECIPES, "T/2", train.Recipe(0.3, 0.8, (0.1, 0.7), 1e-3, 4, 1, 0.5))
-    train.main(["--out", str(tmp_path), "--no-compile"], data.World())
-    assert seen == [dict(null=10, omega=0.3, kappa=0.8, interval=(0.1, 0.7))]
+    recipe = train.Recipe(0.3, 0.8, (0.1, 0.7), 1e-3, 4, 1, 5, 0.5)
+    monkeypatch.setitem(train.RECIPES, "T/2", recipe)
+    words = ["--no-compile", "--steps", "1", "--out"]
+    for flags, numbers in (
+        ([], (0.3, 0.8, (0.1, 0.7))),
+        (["--guidance", "0.2", "0.9", "0.25", "0.75"], (0.2, 0.9, (0.25, 0.75))),
+        (["--guidance", "1", "0"], (1, 0, (0, 1))),
+    ):
+        train.main([*words, str(tmp_path / str(len(flags))), *flags], data.World())
+        assert seen.pop() == dict(zip(("null", "omega", "kappa", "interval"), (10, *numbers)))
 
 
 @pytest.mark.parametrize("batch, world, parts", [(16, 1, 1), (16, 2, 1), (12, 4, 1), (24, 2, 3)])
@@ -408,88 +423,6 @@ def test_the_distance_of_samples_is_logged_at_saves(tmp_path, capsys):
     assert found[1] == pytest.approx(found[0], rel=1e-2)
 
 
-# --- weights of others ---
-
-
-def published(folder, seed=0, channels=4):
-    """Write weights as DiT and SiT do: twice the output channels, no h_embedder, and extras."""
-    g = torch.Generator().manual_seed(seed)
-    fresh = model.init((64, 2, 2), channels=channels, classes=10, generator=g)
-    tensors = {name: p + 0.1 * torch.randn(p.shape, generator=g) for name, p in fresh.items()}
-    tensors["final_layer.linear.weight"] = torch.randn(2 * 2 * 2 * channels, 64, generator=g)
-    tensors["final_layer.linear.bias"] = torch.randn(2 * 2 * 2 * channels, generator=g)
-    tensors = {name: p for name, p in tensors.items() if not name.startswith("h_embedder")}
-    extras = {"pos_embed": torch.zeros(1, 16, 64), "projectors.0.0.weight": torch.ones(3)}
-    save_file(tensors | extras, folder / "published.safetensors")
-    return tensors | extras, folder / "published.safetensors"
-
-
-def test_warm_start_keeps_the_velocity_of_a_checkpoint_at_first(tmp_path):
-    """It has eight output channels; t - r adds nothing at first, but receives a gradient."""
-    (tensors, path), g = published(tmp_path), torch.Generator().manual_seed(1)
-    fresh = model.init((64, 2, 2), channels=4, classes=10, generator=g)
-    params, line = train.warm_start(fresh, path, None)
-    created = [f"h_embedder.mlp.{k}.{kind}" for k in (0, 2) for kind in ("bias", "weight")]
-    skipped = ["pos_embed", "projectors.0.0.weight"]
-    taken = len(fresh) - 4
-    assert line == f"{path}: {taken} tensors taken, skipped {skipped}, created {created}"
-    assert model.config(params) == model.config(fresh)
-    z, y, t = torch.randn(5, 4, 8, 8, generator=g), torch.arange(5), torch.rand(5, generator=g)
-    zeros = {name: torch.zeros_like(fresh[name]) for name in created}
-    velocity = model.dit(tensors | zeros, z, t, t, y)
-    assert velocity.shape[1] == 8
-    for r in (t, 0 * t):
-        assert torch.equal(model.dit(params, z, t, r, y), velocity[:, :4])
-    last = params["h_embedder.mlp.2.weight"].requires_grad_()
-    model.dit(params, z, t, 0 * t, y).sum().backward()
-    assert last.grad.norm() > 0
-
-
-def test_warm_start_takes_our_own_checkpoints_whole(tmp_path):
-    g = torch.Generator().manual_seed(0)
-    ours, fresh = (model.init((64, 1, 2), channels=3, classes=10, generator=g) for _ in range(2))
-    save_file({name: p.double() for name, p in ours.items()}, tmp_path / "x.safetensors")
-    params, line = train.warm_start(fresh, tmp_path / "x.safetensors", None)
-    assert all(torch.equal(params[k], ours[k]) and params[k].dtype == torch.float32 for k in ours)
-    assert f"{len(ours)} tensors taken, skipped [], created []" in line
-
-
-@pytest.mark.parametrize(
-    "size, channels, classes, words",
-    [
-        (
-            (128, 2, 2),
-            4,
-            10,
-            ": x_embedder.proj.weight is (64, 4, 2, 2), should be (128, 4, 2, 2): "
-            "give --init a checkpoint",
-        ),
-        (
-            (64, 3, 2),
-            4,
-            10,
-            ": blocks.2.attn.qkv.weight is missing, should be (192, 64): give --init",
-        ),
-        ((64, 2, 2), 3, 10, ": x_embedder.proj.weight is (64, 4, 2, 2), should be (64, 3, 2, 2)"),
-        (
-            (64, 2, 2),
-            4,
-            1000,
-            ": y_embedder.embedding_table.weight is (11, 64), should be (1001, 64): "
-            "give --init a check",
-        ),
-    ],
-)
-def test_warm_start_takes_nothing_that_does_not_fit(tmp_path, size, channels, classes, words):
-    g = torch.Generator().manual_seed(0)
-    fresh = model.init(size, channels=channels, classes=classes, generator=g)
-    _, path = published(tmp_path)
-    with pytest.raises(ValueError) as error:
-        train.warm_start(fresh, path, None)
-    message = str(error.value)
-    assert words in message and "\n" not in message and str(path) in message
-
-
 # --- bad input ---
 
 
@@ -504,7 +437,17 @@ def test_warm_start_takes_nothing_that_does_not_fit(tmp_path, size, channels, cl
         (["--save", "0"], "--save 0: give a number above 0"),
         (["--save", "often"], "argument --save: invalid int value: 'often'"),
         (["--speed", "9"], "unrecognized arguments: --speed 9"),
-        (["--count", "0"], "--count 0: give a number above 0"),
+        (["--fid", "digits", "--count", "0"], "--count 0: give a number above 0"),
+        (["--count", "9"], "--count would be ignored without --fid: leave it out"),
+        (["--inception", "x"], "--inception would be ignored without --fid: leave it out"),
+        (["--convention", "sit"], "--convention would be ignored without --init: leave it out"),
+        (["--vae", "x"], "--vae would be ignored as digits holds pixels: leave it out"),
+        (["--guidance", "1"], "--guidance 1.0 nan 0.0 1.0: give OMEGA >= 0, KAPPA in [0, 1) and"),
+        (["--guidance", "1", "1"], "--guidance 1.0 1.0 0.0 1.0: give OMEGA >= 0, KAPPA in"),
+        (["--guidance", "1", "0.5", "0.8", "0.2"], "perhaps T0 <= T1 in [0, 1]"),
+        (["--guidance", "1", "0.5", "0", "1", "2"], "give OMEGA >= 0"),
+        (["--guidance", "nan", "0.5"], "--guidance nan 0.5 0.0 1.0: give OMEGA >= 0"),
+        (["--precision", "float16"], "argument --precision: invalid choice: 'float16' (choose fr"),
         (
             ["--fid", "digits", "--inception", "no.pth"],
             "no.pth is not a file: fetch https://github.com/mseitzer/pytorch-fid",
@@ -524,18 +467,14 @@ def test_warm_start_takes_nothing_that_does_not_fit(tmp_path, size, channels, cl
         ),
         (
             ["--size", "B/4", "--data", "digits", "--init", "no.pt"],
-            "no.pt is not a file: give --init a .safetensors or .pt",
+            "no.pt is not a file: give a run's folder, or .safetensors, .pt or .pth weights",
         ),
         (["--init", "README.md"], "README.md cannot be read as tensors without code"),
         (
             ["--size", "B/4", "--data", "digits", "--init", ""],
-            " is not a file: give --init a .safetensors or .pt",
+            " is not a file: give a run's folder, or .safetensors",
         ),
         (["--data", "README.md"], "README.md/index.json does not exist: run python data.py"),
-        (
-            ["--vae", "no.safetensors"],
-            "no.safetensors is not a file: fetch diffusion_pytorch_model.safetensors",
-        ),
     ],
 )
 def test_bad_arguments(monkeypatch, tmp_path, flags, words):
@@ -676,24 +615,3 @@ def test_without_the_last_save_the_one_before_is_continued(undisturbed, tmp_path
     finish(fork(*command(folder)))
     assert_same_bits(final(folder), final(undisturbed[0]))
     assert losses(folder) == losses(undisturbed[0])
-
-
-def test_weights_in_any_nesting_are_found(tmp_path):
-    """{"ema": ...} before {"model": ...}, one inside the other, or none of them."""
-    w, other = {"w": torch.ones(1)}, {"w": torch.zeros(1)}
-    nestings = [w, {"model": w}, {"ema": w, "model": other}, {"ema": {"model": w}}]
-    for found in [*nestings, {"ema": None, "model": w, "args": 1}]:
-        torch.save(found, tmp_path / "x.pt")
-        assert train.load_external(tmp_path / "x.pt") == (w, {})
-
-
-def test_warm_start_reads_the_classes_of_our_own_weights_only(tmp_path):
-    """What other safetensors files call "classes" may be anything."""
-    fresh = model.init((64, 1, 2), channels=1, classes=3, generator=torch.Generator())
-    for metadata in ({"classes": "cat, dog"}, {"run": "{}"}):
-        save_file(fresh, tmp_path / "x.safetensors", metadata)
-        params, _ = train.warm_start(fresh, tmp_path / "x.safetensors", ["a", "b", "c"])
-        assert all(torch.equal(params[name], p) for name, p in fresh.items())
-    save_file(fresh, tmp_path / "x.safetensors", {"run": "{}", "classes": '["a", "c", "b"]'})
-    with pytest.raises(ValueError, match="x.safetensors has other classes than --data"):
-        train.warm_start(fresh, tmp_path / "x.safetensors", ["a", "b", "c"])
