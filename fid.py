@@ -382,7 +382,10 @@ def readable(path):
     try:
         yield
     except Exception as error:  # zipfile, zlib and NumPy raise many types
-        why, hint = " ".join(str(error).split()), f"give images or an .npz, such as {REFERENCE}"
+        why, hint = (
+            " ".join(str(error).split())[:200],
+            f"give images or an .npz, such as {REFERENCE}",
+        )
         raise ValueError(f"{path} cannot be read ({why}): {hint}") from None
 
 

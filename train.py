@@ -459,6 +459,19 @@ def load_dataset(args, world):
     return dataset
 
 
+def class_names(path, metadata, classes, labels):
+    """Return the classes by label of a checkpoint: its own, or else `classes` if as many."""
+    if not metadata.keys() >= {"run", "classes"}:  # not ours
+        return classes if len(classes) == labels else []
+    try:
+        names = [str(name) for name in json.loads(metadata["classes"])]
+    except (ValueError, TypeError):
+        names = []
+    if len(names) != labels:
+        raise ValueError(f"{path}: metadata names {len(names)} classes of {labels}: redo it")
+    return names
+
+
 def warm_start(params, path, convention, classes):
     """Return fresh `params` with the values of a checkpoint of the same size, and a line on it.
 
@@ -469,9 +482,7 @@ def warm_start(params, path, convention, classes):
     tensors, metadata = sample.read_weights(path)
     taken, table = sample.convert(path, tensors, convention), "y_embedder.embedding_table.weight"
     *rows, null = taken[table]
-    unnamed = classes if len(classes) == len(rows) else []
-    known = json.loads(metadata["classes"]) if metadata.keys() >= {"run", "classes"} else unnamed
-    rows = dict(zip(known, rows))
+    rows = dict(zip(class_names(path, metadata, classes, len(rows)), rows))
     taken[table] = torch.stack([*(rows.get(name, null) for name in classes), null])
     created = {k: p for k, p in params.items() if k.startswith("h_embedder") and k not in taken}
     created |= {k: torch.zeros_like(p) for k, p in created.items() if ".mlp.2." in k}

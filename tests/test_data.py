@@ -15,7 +15,7 @@ from conftest import paint
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
-from processes import ENVIRONMENT, LAUNCH, ROOT, fails, finish, fork, run, start
+from processes import LAUNCH, ROOT, fails, finish, fork, run, start
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch.utils.data import ConcatDataset
@@ -334,11 +334,11 @@ def test_without_resolution_pixels_keep_the_size_of_the_first(pictures, tmp_path
 
 def test_a_flat_folder_is_one_class(pictures, tmp_path):
     folder = tmp_path / "photos"
-    shutil.copytree(pictures / "class0", folder)
+    shutil.copytree(pictures / "class0", folder, ignore=shutil.ignore_patterns("more"))
     printed = convert(folder, tmp_path / "data")
     assert "one class: labels, and so guidance, will make no difference" in printed
     dataset = data.load_data(tmp_path / "data")
-    assert dataset.classes == ["photos"] and dataset.labels.tolist() == [0] * 8 and dataset.mirror
+    assert dataset.classes == ["photos"] and dataset.labels.tolist() == [0] * 6 and dataset.mirror
 
 
 @pytest.mark.parametrize("flags, views", [([], 2), (["--no-mirror"], 1)])
@@ -369,7 +369,9 @@ def test_files_lock_where_there_is_no_fcntl(tmp_path):
         "    held.append((number, mode, size))\n"
     )
     code = (
-        "import sys; sys.modules['fcntl'] = None\n"
+        "import subprocess, sys, torch\n"
+        "sys.path.insert(0, sys.argv[2])\n"
+        "sys.modules['fcntl'] = None\n"
         "import data, pathlib, msvcrt\n"
         "folder = pathlib.Path(sys.argv[1])\n"
         "lock = data.lock_folder(folder)\n"
@@ -377,8 +379,7 @@ def test_files_lock_where_there_is_no_fcntl(tmp_path):
         "try:\n    data.lock_folder(folder)\n"
         "except OSError as error:\n    print(error)\n"
     )
-    with mock.patch.dict(ENVIRONMENT, {"PYTHONPATH": str(tmp_path)}):
-        printed = run("-c", code, tmp_path / "folder")
+    printed = run("-c", code, tmp_path / "folder", tmp_path)
     assert "folder cannot be locked ([Errno 13] Permission denied)" in printed
 
 

@@ -13,8 +13,10 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from safetensors.torch import save_file
 
+import data
 import fid
 
 pytestmark = pytest.mark.slow  # the network takes seconds
@@ -214,6 +216,33 @@ def test_the_batch_size_makes_no_difference():
         for parts in zip(*(fid.inception(params(), part) for part in batch.split([2, 1, 2])))
     ]
     assert differ(parts[0], whole[0]) < 2e-6 and differ(parts[1], whole[1]) < 2e-6
+
+
+def test_images_of_several_sizes_make_one_batch(tmp_path):
+    """A folder of two sizes is resized first: the network sees 64 images at a time."""
+    sizes, seen = [(40, 24), (24, 40), (40, 24), (299, 299)], []
+
+    def network(params, x):
+        seen.append(tuple(x.shape))
+        return fid.network(params, x)
+
+    parts = [images(k, 1, *size)[0] for k, size in enumerate(sizes)]
+    got = fid.inception(params(), parts, network=network)
+    assert seen == [(4, 3, 299, 299)]
+    for i, part in enumerate(parts):
+        assert differ(got[0][i], fid.inception(params(), part[None])[0][0]) < 1e-5
+    for k in range(66):
+        array = images(k, 1, *sizes[k % 2])[0].permute(1, 2, 0).numpy()
+        Image.fromarray(array).save(tmp_path / f"{k}.png")
+    shapes = []
+
+    def features(batch):
+        shapes.append([tuple(image.shape) for image in batch])
+        return torch.zeros(len(batch), 2), None
+
+    fid.measure(tmp_path, features, data.World())
+    assert [len(batch) for batch in shapes] == [64, 2]
+    assert set(shapes[0]) == {(3, 40, 24), (3, 24, 40)}
 
 
 @pytest.mark.parametrize(

@@ -208,6 +208,36 @@ def test_fid_of_samples_in_one_line(checkpoint, tmp_path, capsys):
     ).all()
 
 
+def test_samples_are_kept_without_a_reference(checkpoint, tmp_path, capsys):
+    """As pictures, or as ADM's .npz, in colours, from which fid.py reads them."""
+    folder, params = checkpoint
+    words = [str(folder), "--count", "7", "--classes", "3,1", "--seed", "2", "--images"]
+    labels = torch.tensor([3, 1, 3, 1, 3, 1, 3])
+    x = sample.generate(params, labels, (1, 8, 8), seed=2)
+    want = ((x.clamp(-1, 1) + 1) * 127.5).round().byte()
+    for path in (tmp_path / "new" / "pictures", tmp_path / "new" / "x.npz"):
+        sample.main([*words, str(path)], data.World())
+        assert capsys.readouterr().out == f"{path}\n"
+        images = torch.stack([*fid.load_images(path)])
+        assert torch.equal(images, want.expand(-1, 3, -1, -1))
+    with np.load(tmp_path / "new" / "x.npz") as file:
+        assert file["arr_0"].shape == (7, 8, 8, 3) and file["arr_0"].dtype == np.uint8
+    assert {p.name for p in (tmp_path / "new").iterdir()} == {"pictures", "x.npz"}
+    line = scored(capsys, folder, "--classes", "3,1", "--images", tmp_path / "y.npz")
+    assert line["classes"] == "balanced, of 3,1" and line["count"] == 60
+    assert len([*fid.load_images(tmp_path / "y.npz")]) == 60
+
+
+@pytest.mark.slow  # starts processes
+def test_two_processes_write_one_file(checkpoint, tmp_path):
+    words = ["sample.py", checkpoint[0], "--count", "9", "--images"]
+    [printed] = finish(start(*LAUNCH, 2, *words, tmp_path / "two.npz"))
+    assert printed == f"{tmp_path / 'two.npz'}\n"
+    sample.main([*map(str, words[1:]), str(tmp_path / "one.npz")], data.World())
+    one, two = (np.load(tmp_path / name)["arr_0"] for name in ("one.npz", "two.npz"))
+    assert one.shape == two.shape and abs(one.astype(int) - two).max() <= 1
+
+
 @pytest.mark.slow
 def test_grey_images_go_through_inception_as_colours(checkpoint, tmp_path, capsys):
     weights, ten = tmp_path / "inception.safetensors", data.digits()

@@ -13,9 +13,13 @@ from functools import partial
 from pathlib import Path
 from unittest import mock
 
+import numpy as np
 import pytest
 import torch
 from conftest import paint
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image, ImageColor
 from processes import LAUNCH, ROOT, fails, finish, fork, run, start
 from safetensors.torch import load_file
 
@@ -406,21 +410,151 @@ def test_old_saves_are_thinned(tmp_path):
 
 
 @slow
-def test_the_distance_of_samples_is_logged_at_saves(tmp_path, capsys):
-    """One process, two processes and sample.py find the same distance."""
+def test_the_scores_of_samples_are_logged_at_the_end(tmp_path, capsys):
+    """One process, two processes and sample.py find the same and say the same of it."""
     found, flags = [], ["--fid", "digits", "--count", "50"]
     one, two = (command(tmp_path / name, *flags, steps=20) for name in ("one", "two"))
     finish(fork(*one), share(2, *two))
     for name in ("one", "two"):
-        lines = [entry for entry in losses(tmp_path / name) if "fid" in entry]
-        assert [line["step"] for line in lines] == [10, 20]
-        assert lines[1]["reference"] == "digits, 1797 images" and lines[1]["count"] == 50
-        assert lines[1]["features"] == "raw pixels in [-1, 1]"
-        found.append(lines[1]["fid"])
+        [line] = [entry for entry in losses(tmp_path / name) if "fid" in entry]
+        assert line.pop("step") == 20
+        found.append(line)
     sample.main([str(tmp_path / "one"), *flags], data.World())
     alone = json.loads(capsys.readouterr().out)
-    assert alone["fid"] == pytest.approx(found[0], rel=1e-6)
-    assert found[1] == pytest.approx(found[0], rel=1e-2)
+    assert alone.pop("fid") == pytest.approx(found[0].pop("fid"), rel=1e-6)
+    assert alone == found[0] and found[1]["fid"] > 0
+
+
+def scored(folder):
+    return [entry["step"] for entry in losses(folder) if "fid" in entry]
+
+
+def test_scores_that_a_kill_lost_are_made_when_the_run_continues(monkeypatch, tmp_path):
+    """Lasting saves and the last have scores, in whatever order they are made, and once."""
+    monkeypatch.setattr(train, "LASTING", 4)
+    monkeypatch.setattr(train, "report", lambda *_: None)
+    words = ["--batch", "8", "--save", "2", "--out", str(tmp_path)]
+    flags = ["--fid", "digits", "--count", "20"]
+
+    def killed(*_, **__):
+        raise KeyboardInterrupt
+
+    for name in ("evaluate", "describe"):  # before its samples, and before its line
+        with monkeypatch.context() as m, pytest.raises(KeyboardInterrupt):
+            m.setattr(sample, name, killed)
+            train.main([*words, *flags, "--steps", "10"], data.World())
+    assert scored(tmp_path) == [] and train.newest(tmp_path) == 4
+    train.main([*words, "--steps", "10"], data.World())  # without scores
+    train.main([*words, *flags, "--steps", "10"], data.World())
+    assert scored(tmp_path) == [4, 8, 10]
+    before = (tmp_path / "log.jsonl").read_text()
+    train.main([*words, *flags, "--steps", "10"], data.World())
+    assert (tmp_path / "log.jsonl").read_text() == before
+    train.main([*words, *flags, "--steps", "11"], data.World())
+    assert scored(tmp_path) == [4, 8, 10, 11]
+
+
+def test_saves_take_two_percent_of_the_time(monkeypatch, tmp_path):
+    """With a clock that a step moves by 1 and a save by 1: after n of them, 50 n must be past."""
+    clock, saved, update = [0.0], [], train.update
+    monkeypatch.setattr(train.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(train, "report", lambda *_: None)
+
+    def step(*arguments):
+        clock[0] += 1
+        return update(*arguments)
+
+    def save(folder, step, *_, **__):
+        clock[0] += 1
+        saved.append(step)
+
+    monkeypatch.setattr(train, "update", step)
+    monkeypatch.setattr(train, "save", save)
+    monkeypatch.setattr(train, "SAVE_EVERY", 10)
+    words = ["--batch", "4", "--steps", "115", "--out"]
+    train.main([*words, str(tmp_path / "a")], data.World())
+    assert saved == [10, 50, 100, 115]
+    lines = losses(tmp_path / "a")
+    assert [entry["step"] for entry in lines] == [10, 50, 100, 115]
+    with open(tmp_path / "a" / "log.jsonl") as file:
+        assert {json.loads(line)["images_per_second"] for line in [*file][1:]} == {4.0}
+    saved.clear()
+    train.main([*words, str(tmp_path / "b"), "--save", "25"], data.World())
+    assert saved == [25, 50, 75, 100, 115]
+
+
+@given(st.integers(1, 2 * 10**6), st.integers(1, 2 * 10**6), st.sampled_from([1, 64, 256, 4096]))
+def test_smaller_data_sets_take_fewer_steps_of_more_epochs(a, b, batch):
+    recipe = train.RECIPES["B/2"]._replace(batch=batch)
+    (a, few), (b, many) = ((n, train.count_steps(recipe, n)) for n in sorted((a, b)))
+    assert 1 <= few <= many
+    if few > 100 and b <= 1281167:
+        assert few / a >= 0.98 * many / b
+        assert few / many == pytest.approx((a / b) ** 0.5, rel=0.02)
+
+
+def test_a_run_says_how_long_it_will_be(tmp_path, capsys):
+    with mock.patch.object(train, "open_run", side_effect=ValueError):
+        for flags in ([], ["--guidance", "1", "0"]):
+            with pytest.raises(ValueError):
+                train.main(["--out", str(tmp_path), *flags], data.World())
+    plan = "1,797 images of 10 classes: 3,004 steps of 64 are 107 epochs; "
+    assert capsys.readouterr().out.splitlines() == [
+        plan + "guidance of scale 1.43",
+        plan + "no guidance",
+    ]
+
+
+def test_one_class_needs_no_guidance(monkeypatch, tmp_path, capsys):
+    seen = []
+
+    def spy(*inputs, **options):
+        seen.append((options["null"], options["omega"], options["kappa"]))
+        return meanflow.fast_loss(*inputs, **options)
+
+    paint(tmp_path / "images", 1, 6, 8)
+    data.main([str(tmp_path / "images"), str(tmp_path / "data")], data.World())
+    monkeypatch.setattr(train, "fast_loss", spy)
+    words = ["--data", str(tmp_path / "data"), "--batch", "4", "--out", str(tmp_path / "run")]
+    train.main([*words, "--steps", "1"], data.World())
+    assert seen == [(1, 1, 0)] and "steps of 4 are 1 epochs; no guidance" in capsys.readouterr().out
+    message = fails(monkeypatch, "train.py", *words, "--guidance", "1", "0.5")
+    assert "--guidance would be ignored as " in message and "data has one class" in message
+
+
+def test_precision_is_that_of_the_matrix_products():
+    g = torch.Generator().manual_seed(0)
+    params = model.init((64, 1, 2), channels=1, classes=10, generator=g)
+    params = {
+        k: torch.nn.Parameter(torch.randn(p.shape, generator=g) / 8) for k, p in params.items()
+    }
+    x, y = torch.randn(8, 1, 8, 8, generator=g), torch.arange(8)
+    draws, recipe = meanflow.draw(x.shape, generator=g), train.RECIPES["T/2"]
+    with torch.no_grad():
+        exact, half = (
+            train.Objective(params, recipe, False, precision)(x, y, draws, 6)[1][:, 3]
+            for precision in ("float32", "bfloat16")
+        )
+    error = ((half - exact) / exact).abs()
+    assert half.dtype == torch.float32 and 1e-5 < error.max() < 0.05
+
+
+def test_the_curve_is_that_of_the_log(tmp_path):
+    """A raw error that doubles from 10 to 20 runs from the lower left to the upper right."""
+    lines = [{"run": 1}] + [
+        {"step": k, "raw_equal": 10 * 2 ** (k / 100), "raw_differ": None, "grad_norm": 3.0}
+        for k in range(1, 101)
+    ]
+    lines.append({"step": 100, "fid": 3.0})
+    (tmp_path / "log.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    train.save_curve(tmp_path)
+    picture = Image.open(tmp_path / "curve.png")
+    blue = (np.asarray(picture) == ImageColor.getrgb("steelblue")).all(-1)
+    rows, columns = np.nonzero(blue[40:300, 60:480])
+    slope, height = np.polyfit(columns, rows, 1)
+    assert abs(slope + 240 / 400) < 0.01 and abs(height - 240) < 2
+    rows, columns = np.nonzero(blue[40:300, 540:])
+    assert np.ptp(rows) < 3 and abs(rows.mean() - 240 * (1 - math.log(1.5) / math.log(2.5))) < 2
 
 
 # --- bad input ---
