@@ -71,12 +71,12 @@ RECIPES = {  # Table 4 and the authors' code, for each of model.SIZES
 
 
 def count_steps(recipe, images):
-    """Return the steps of a run on a data set of so many images.
+    """Return the steps of a run on a data set of so many images, a multiple of LOG_EVERY.
 
     A smaller one than the recipe's takes more epochs, but fewer steps: both by the square root.
     """
     epochs = recipe.epochs * max(1, math.sqrt(recipe.images / images))
-    return max(1, int(epochs * images / recipe.batch))
+    return LOG_EVERY * max(1, round(epochs * images / recipe.batch / LOG_EVERY))
 
 
 # --- what is trained ---
@@ -285,16 +285,18 @@ def log_scores(log, args, model, scorer, world):
     """
     if scorer is None:
         return
-    lines = [json.loads(line) for line in (args.out / "log.jsonl").read_text().splitlines()]
-    scored = [line["step"] for line in lines if "fid" in line]
-    saves = sample.checkpoints(args.out, "ema").items()
-    due = {k: path for k, path in saves if k % LASTING == 0 or k == args.steps}
-    labels = torch.arange(args.count) % config(model.params).classes
-    for step in fid.all_gather([k for k in due if k not in scored])[0]:  # as the first sees it
-        params = sample.load(due[step], world.device).params
+    due, labels = [], torch.arange(args.count) % config(model.params).classes
+    if log:
+        lines = [json.loads(line) for line in (args.out / "log.jsonl").read_text().splitlines()]
+        scored = [line["step"] for line in lines if "fid" in line]
+        saves = sample.checkpoints(args.out, "ema")
+        due = [k for k in saves if (k % LASTING == 0 or k == args.steps) and k not in scored]
+    for step in fid.all_gather(due)[0]:
+        path = sample.checkpoints(args.out, "ema")[step]
+        params = sample.load(path, world.device).params
         scores = sample.evaluate(model._replace(params=params), scorer, labels, world)
         if log:
-            line = {"step": step} | scores | sample.describe(due[step], args.vae)
+            line = {"step": step} | scores | sample.describe(path, args.vae)
             log.write(json.dumps(line) + "\n")
 
 

@@ -13,10 +13,12 @@ import test_meanflow
 import test_model
 import test_train
 import test_vae
+import test_weights
 import torch
 
 ROOT = Path(__file__).parent.parent
 MODULES = test_meanflow, test_model, test_data, test_vae, test_fid, test_inception, test_train
+MODULES += (test_weights,)
 dual = test_model.test_dit_jvp_is_torch_func_jvp
 diffusers = [test_vae.test_agrees_with_diffusers, test_vae.SMALL, (40, 24), torch.float64, 1e-12]
 authors = [test_meanflow.test_agrees_with_the_authors_code, "mix", {"kappa": 0.5}]
@@ -233,8 +235,8 @@ MUTANTS = {
          'dataset.items[i] for i in rows',
          'dataset.items[i - 1] for i in rows',
          test_data.test_items_and_labels_belong_together_across_shards_and_both_views_are_seen),
-        ("mirrored digits", "if x.dtype == torch.uint8:", "if True:",
-         test_data.test_digits_are_not_mirrored),
+        ("data without mirror images are mirrored", "[mine] * dataset.mirror", "[mine]",
+         test_data.test_without_mirror_images_every_item_is_seen_as_it_is),
         ("GroupNorm's eps of 1e-5", "eps=1e-6", "eps=1e-5", diffusers),
         ("16 groups", "F.group_norm(x, 32,", "F.group_norm(x, 16,", diffusers),
         ("the downsampler padded all round", "x = F.pad(x, (0, 1, 0, 1))  #",
@@ -316,15 +318,20 @@ MUTANTS = {
          test_data.test_centre_crop),
         ("no averaging", "Image.Resampling.BOX", "Image.Resampling.NEAREST",
          test_data.test_centre_crop),
-        ("the seed shifted up", "seed * 2654435769", "seed * 2**32",
+        ("32 bits of a seed", "(seed % 2**64, STREAMS", "(seed % 2**32, STREAMS",
          test_data.test_random_numbers_of_different_things_differ),
-        ("streams that share numbers", "STREAMS.index(stream) * 2**29", "STREAMS.index(stream)",
+        ("streams that share numbers", "STREAMS.index(stream), k)", "0, STREAMS.index(stream) + k)",
          test_data.test_random_numbers_of_different_things_differ),
+        ("keys laid end to end", ", k), np.uint64).view(np.uint32)", ", k)).tolist()",
+         test_data.test_random_numbers_of_different_things_differ),
+        ("half of the state is filled", "[3:627] = torch.from_numpy(words.astype(np.int64))",
+         "[3:315] = torch.from_numpy(words[:312].astype(np.int64))",
+         test_data.test_random_numbers_are_those_of_numpys_mersenne_twister_in_the_same_state),
     ],
     "train": [
         ('an average of the average',
-         '1 - recipe.ema)',
-         'recipe.ema)',
+         'for p in params], 1 - decay)',
+         'for p in params], decay)',
          [test_train.test_three_steps_are_adam_on_the_loss_and_the_average, 1]),
         ("Adam's usual betas", "betas=(0.9, 0.95)", "betas=(0.9, 0.999)",
          [test_train.test_three_steps_are_adam_on_the_loss_and_the_average, 1]),
@@ -344,10 +351,22 @@ MUTANTS = {
          [test_train.test_the_processes_share_out_the_draws, 24, 2, 3]),
         ("gradients of parts are summed", "(loss / len(parts)).backward()", "loss.backward()",
          [test_train.test_three_steps_are_adam_on_the_loss_and_the_average, 2]),
-        ("the average starts at every part",
-         "            history.append((step, rows))\n        adam.step()",
-         "            history.append((step, rows))\n            adam.step()",
+        ("the log holds the last part of a batch",
+         "        rows.append(part)", "        rows = [part]",
          [test_train.test_three_steps_are_adam_on_the_loss_and_the_average, 2]),
+        ("the average remembers the initial weights", "min(recipe.ema, (1 + step) / (10 + step))",
+         "recipe.ema", [test_train.test_three_steps_are_adam_on_the_loss_and_the_average, 1]),
+        ("a new velocity knows t - r at first",
+         "torch.zeros_like(p) for k, p in created", "p for k, p in created",
+         [test_weights.test_training_starts_at_the_velocity_of_a_checkpoint, "REPA"]),
+        ("labels by number where names differ", "metadata.keys() >= {", "metadata.keys() > {",
+         test_weights.test_other_classes_get_new_labels_that_start_as_the_null_label),
+        ("as many epochs of any data set", "max(1, math.sqrt(recipe.images / images))", "1",
+         test_train.test_smaller_data_sets_take_fewer_steps_of_more_epochs),
+        ("all weights in bfloat16", 'enabled=self.mixed', 'enabled=True',
+         test_train.test_precision_is_that_of_the_matrix_products),
+        ("a linear curve", "math.log(value / low) / math.log(high / low)",
+         "(value - low) / (high - low)", test_train.test_the_curve_is_that_of_the_log),
         ("no save is kept for good", 'kind == "state" or old % LASTING', "True",
          test_train.test_old_saves_are_thinned),
         ("all saves are kept", 'kind == "state" or old % LASTING', "False",
@@ -360,6 +379,28 @@ MUTANTS = {
          'mean(raw[t > r])',
          'mean(raw)',
          test_train.test_the_log_holds_the_means_over_rows),
+    ],
+    "sample": [
+        ("the second half of eight channels", "split(channels)[::2]", "split(channels)[1::2]",
+         [test_weights.test_the_layouts_of_others_give_the_numbers_of_the_authors_code, "SiT"]),
+        ("eight channels cut in the middle", "torch.cat(params[name].split(channels)[::2])",
+         "params[name].chunk(2)[0]",
+         [test_weights.test_the_layouts_of_others_give_the_numbers_of_the_authors_code, "SiT"]),
+        ("SiT's time as it is", 'if convention == "sit":', "if False:",
+         [test_weights.test_the_layouts_of_others_give_the_numbers_of_the_authors_code, "SiT"]),
+        ("the sign of a velocity", "params[name] = -params[name]", "pass",
+         test_weights.test_reversing_time_is_exact),
+        ("the time's sign alone", "a * cos + b * sin, a * sin - b * cos", "a, -b",
+         test_weights.test_reversing_time_is_exact),
+        ("the decoder's blocks from 0", "int(m[1]) + encoder_depth", "int(m[1])",
+         test_weights.test_repas_early_files_number_the_decoders_blocks_anew),
+        ("weights for averages", '("ema", "model", "state_dict")', '("model", "ema", "state_dict")',
+         test_weights.test_averaged_weights_are_preferred_in_any_nesting),
+        ("no step of Euler", "torch.zeros(shape) for name, shape in shapes(architecture)",
+         "torch.ones(shape) for name, shape in shapes(architecture)",
+         test_weights.test_a_velocity_is_sampled_by_eulers_method),
+        ("positions of half the side", "patch * math.isqrt(", "math.isqrt(",
+         test_weights.test_what_a_file_without_metadata_makes),
     ],
     "fid": [
         ("an average pool in the last block", 'mixed_7("max")', 'mixed_7("average")',
@@ -500,7 +541,7 @@ ROWS = [
     for row in rows
 ]
 # The files' names in the tests.
-NAMES = {"meanflow": "mf", "model": "model", "data": "data", "fid": "fid", "train": "train"}
+NAMES = {name: name for name in MUTANTS} | {"meanflow": "mf"}
 
 
 @pytest.mark.parametrize("file, wrong, old, new, test", ROWS)

@@ -1,0 +1,72 @@
+"""What a training step keeps in memory, counted on fake tensors, without a GPU.
+
+    python benchmarks/memory.py            every size, 4x32x32 latents, bfloat16, guided
+
+Weights, gradients, Adam's two moments and the average are 20 bytes a parameter. What the backward
+pass keeps grows with the images that a process computes at once (--batch over processes and
+--accumulate). Prints both, and the --accumulate with which one GPU of 24, 80 or 141 GB holds a
+batch of 256, with 3 GB left for what comes and goes: temporary tensors, bfloat16 weights, CUDA's
+own.
+"""
+
+import sys
+from pathlib import Path
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+import meanflow
+import model
+import train
+
+GPUS = {24: 24e9, 80: 80e9, 141: 141e9}
+LEFT = 3e9
+
+
+def kept(size, batch, device="cpu"):
+    """Return the bytes that a guided step's loss keeps for its backward pass, beside parameters."""
+    storages = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        storages[storage._cdata] = storage.nbytes(), storage
+        return tensor
+
+    with FakeTensorMode():
+        width, depth, patch = model.SIZES[size]
+        shapes = model.shapes(model.Config(width, depth, patch, 4, 1000))
+        params = {
+            name: torch.nn.Parameter(torch.empty(shape, device=device))
+            for name, shape in shapes.items()
+        }
+        owned = {p.untyped_storage()._cdata for p in params.values()}
+        objective = train.Objective(params, train.RECIPES[size], False, "bfloat16")
+        x = torch.empty(batch, 4, 32, 32, device=device)
+        t, y = (
+            torch.empty(batch, device=device),
+            torch.zeros(batch, dtype=torch.long, device=device),
+        )
+        draws = meanflow.Draws(x, t, t, y.bool())
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            objective(x, y, draws, batch * 3 // 4)
+    return sum(n for key, (n, _) in storages.items() if key not in owned)
+
+
+def main():
+    print("| size | weights, gradients, Adam, average | an image | ", end="")
+    print(" | ".join(f"{gpu} GB" for gpu in GPUS), "|\n|---|---|---|" + "---|" * len(GPUS))
+    for size in list(model.SIZES)[1:]:
+        width, depth, patch = model.SIZES[size]
+        shapes = model.shapes(model.Config(width, depth, patch, 4, 1000))
+        fixed = 20 * sum(torch.Size(shape).numel() for shape in shapes.values())
+        few, many = (kept(size, batch) for batch in (8, 24))
+        image = (many - few) / 16
+        parts = [2**k for k in range(9)]
+        room = ((space - LEFT - fixed) / image for space in GPUS.values())
+        numbers = " | ".join(str(next(n for n in parts if 256 / n <= images)) for images in room)
+        print(f"| {size} | {fixed / 1e9:.1f} GB | {image / 1e6:.0f} MB | {numbers} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
