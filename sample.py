@@ -20,7 +20,7 @@ import math
 import os
 import re
 import zipfile
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -41,6 +41,7 @@ CONVENTIONS = {
     "repa": "predicts e - x, t = 1 is noise (as REPA's SiT)",
     "sit": "predicts x - e, t = 1 is data (as SiT)",
 }
+OUTPUT = ("final_layer.linear.weight", "final_layer.linear.bias")
 
 
 class ImageModel(NamedTuple):
@@ -92,44 +93,60 @@ def read_weights(path):
     return {re.sub(r"\b(module|_orig_mod)\.", "", name): p for name, p in tensors.items()}, metadata
 
 
-def convert(path, tensors, convention=None):
-    """Return the parameters of our DiT from tensors with the names of DiT or its descendants.
+def rename(tensors):
+    """Return the parameters among `tensors`, which have others' names, under ours.
 
-    Of DiT's eight output channels the first four are kept; the fixed positions must be ours, and
-    REPA's projectors, which serve its training, are dropped. `r_embedder` is another name of
-    `h_embedder`. Without either the network does not know t - r: it predicts a velocity, in one of
-    CONVENTIONS, and the parameters returned have no `h_embedder`. Raises ValueError.
+    `r_embedder` is another name of `h_embedder`, early files of REPA count `decoder_blocks` anew.
+    Fixed positions, and REPA's projectors, which serve its training, are left out.
     """
     encoder_depth = sum(bool(re.match(r"blocks\.\d+\.attn\.qkv\.weight", k)) for k in tensors)
+
+    def block(match):
+        return f"blocks.{int(match[1]) + encoder_depth}."
+
     params = {}
     for name, p in tensors.items():
         name = re.sub("^r_embedder", "h_embedder", name)
-        name = re.sub(  # in early files of REPA
-            r"^decoder_blocks\.(\d+)", lambda m: f"blocks.{int(m[1]) + encoder_depth}", name
-        )
+        name = re.sub(r"^decoder_blocks\.(\d+)\.", block, name)
         if not re.match(r"pos_embed$|projectors\.", name):
             params[name] = p
+    return params
+
+
+def check_positions(path, found, width):
+    """Raise ValueError unless these are DiT's fixed positions, (1, N, width)."""
+    rows = math.isqrt(found.numel() // width)
+    fixed = positions(width, rows, rows, found.double())[None]
+    if found.shape != fixed.shape or not torch.allclose(found.double(), fixed, atol=1e-3):
+        raise ValueError(f"{path}: pos_embed is not DiT's fixed positions: {WEIGHTS}")
+
+
+def convert(path, tensors, convention=None):
+    """Return the parameters of our DiT from tensors with the names of DiT or its descendants.
+
+    Of eight output channels the first four are kept. Without an embedding of t - r the network
+    predicts a velocity, in one of CONVENTIONS, and what is returned has no `h_embedder`. Raises
+    ValueError for anything else.
+    """
+    params = rename(tensors)
     try:
         width, _, patch, channels, _ = architecture = config(params)
     except ValueError as error:
         raise ValueError(f"{path}: {error}: {WEIGHTS}") from None
-    wanted = shapes(architecture)
-    for name in ("final_layer.linear.weight", "final_layer.linear.bias"):
+    for name in OUTPUT:
         if name in params and params[name].shape[:1] == (2 * patch * patch * channels,):
             params[name] = torch.cat(params[name].split(channels)[::2])  # p q 2 (c ...)
+    wanted = shapes(architecture)
     if is_velocity := not any(name.startswith("h_embedder") for name in params):
         wanted = {k: shape for k, shape in wanted.items() if not k.startswith("h_embedder")}
-        if any(name.startswith("projectors.") for name in tensors):
-            convention = convention or "repa"
     data.check_tensors(path, params, wanted, WEIGHTS)
-    if (found := tensors.get("pos_embed")) is not None:
-        rows = math.isqrt(found.numel() // width)
-        fixed = positions(width, rows, rows, found.double())[None]
-        if found.shape != fixed.shape or not torch.allclose(found.double(), fixed, atol=1e-3):
-            raise ValueError(f"{path}: pos_embed is not DiT's fixed positions: {WEIGHTS}")
+    if "pos_embed" in tensors:
+        check_positions(path, tensors["pos_embed"], width)
+
     if not is_velocity and convention:
         raise ValueError(f"{path} is a MeanFlow, which has one convention: leave out --convention")
-    if is_velocity and not convention:
+    is_repa = any(name.startswith("projectors.") for name in tensors)
+    if is_velocity and not convention and not is_repa:
         words = "; ".join(f"--convention {name} if it {what}" for name, what in CONVENTIONS.items())
         raise ValueError(
             f"{path} has no embedding of t - r, so it is no MeanFlow: give {words}. "
@@ -146,7 +163,7 @@ def reverse_time(params):
     The cosine and sine of w (1 - t) are combinations of those of w t, which the first linear layer
     after them takes in.
     """
-    for name in ("final_layer.linear.weight", "final_layer.linear.bias"):
+    for name in OUTPUT:
         params[name] = -params[name]
     cos, sin = sinusoids(torch.ones(1, dtype=torch.float64))[0].flatten().chunk(2)
     a, b = params["t_embedder.mlp.0.weight"].double().chunk(2, 1)
@@ -177,7 +194,7 @@ def image_size(path, architecture, tensors, metadata):
 def load(path, device="cpu", convention=None):
     """Return the ImageModel of a checkpoint, in float32 and without a VAE.
 
-    path: as for `find_checkpoint`. Of a velocity, du/dt is taken to be zero: sampling is Euler's
+    path: as for `find_checkpoint`. A velocity is made to ignore t - r, so that sampling is Euler's
     method. Raises FileNotFoundError or ValueError, with one line.
     """
     path = find_checkpoint(path)
@@ -326,11 +343,9 @@ def score(args, model, classes, world):
     labels, shape = torch.tensor(classes)[places], image_shape(model.kind, model.shape)
     scorer = fid.scorer(args.fid, args.inception, shape, world) if args.fid else count_images
     data.barrier()  # before one process writes to --images, which the others check
-    options = dict(steps=args.steps, seed=args.seed)
-    if args.images:
-        with image_writer(args.images, args.count, shape, world) as write:
-            result = evaluate(model, scorer, labels, world, write=write, **options)
-    else:
+    keep = image_writer(args.images, args.count, shape, world) if args.images else nullcontext()
+    with keep as write:
+        options = dict(steps=args.steps, seed=args.seed, write=write)
         result = evaluate(model, scorer, labels, world, **options)
     if world.rank == 0 and args.fid:
         how = "uniform" if args.uniform else "balanced"

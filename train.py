@@ -307,11 +307,11 @@ def save_curve(folder):
     pen, font = ImageDraw.Draw(picture), ImageFont.load_default(13)
     for left, names in ((60, ("raw_equal", "raw_differ")), (540, ("grad_norm",))):
         right, top, bottom = left + 400, 40, 280
-        series = [[(k["step"], k[name]) for k in lines if k.get(name, 0)] for name in names]
+        series = [[(k["step"], k[name]) for k in lines if k.get(name)] for name in names]
         values = [y for points in series for _, y in points]
         if not values:
             continue
-        ticks = [m * 10.0**k for k in range(-9, 10) for m in (1, 2, 5)]
+        ticks = [m * 10.0**k for k in range(-40, 40) for m in (1, 2, 5)]
         low = max(y for y in ticks if y <= min(values))
         high = min(y for y in ticks if y >= max(values) and y > low)
 
@@ -406,8 +406,8 @@ def parse_arguments(argv):
         changes |= parse_guidance(*args.guidance)
     args.size, args.recipe = size, RECIPES[size]._replace(**changes)
     args.data = args.data or ("digits" if size == "T/2" else "data/imagenet")
-    digits = args.data == "digits"
-    args.out = args.out or Path("runs", "digits" if digits else size.replace("/", "-"))
+    name = "digits" if args.data == "digits" else size.replace("/", "-")
+    args.out = args.out or Path("runs", name)
     args.precision = args.precision or ("bfloat16" if torch.cuda.is_available() else "float32")
     args.count = args.count or 50_000
     return args
@@ -454,9 +454,8 @@ def load_dataset(args, world):
     images, batch, recipe = len(dataset.labels), args.recipe.batch, args.recipe
     args.steps = args.steps or count_steps(recipe, images)
     if world.rank == 0:
-        scale = "no guidance" if (recipe.omega, recipe.kappa) == (1, 0) else "guidance of scale "
-        scale += f"{recipe.omega / (1 - recipe.kappa):.3g}" if scale.endswith(" ") else ""
         epochs = f"{args.steps:,} steps of {batch} are {args.steps * batch / images:,.0f} epochs"
+        scale = f"guidance scale {recipe.omega / (1 - recipe.kappa):.3g}"
         print(f"{images:,} images of {len(dataset.classes):,} classes: {epochs}; {scale}")
     return dataset
 
@@ -612,17 +611,17 @@ def main(argv, world):
     batches = stream(dataset, recipe.batch, args.seed, step, world, args.accumulate)
     interval = 0.1 if sys.stderr.isatty() else 60  # seconds between lines in a scheduler's file
     progress = tqdm(initial=step, total=args.steps, disable=not first, mininterval=interval)
-    begin = clock = time.monotonic()
-    in_saves = 0.0
-    for step in range(step + 1, args.steps + 1):
-        history.append((step, add_gradients(objective, next(batches))))
+    begun, in_saves = time.monotonic(), 0.0
+    clock = begun
+    for step, parts in zip(range(step + 1, args.steps + 1), batches):
+        history.append((step, add_gradients(objective, parts)))
         norm = update(state, recipe, step)
         progress.update()
 
         stopped = any_process(terminated.is_set())
         saving = stopped or step % LASTING == 0 or step == args.steps
         if step % (args.save or SAVE_EVERY) == 0:
-            cheap = args.save or in_saves <= SAVE_SHARE * (time.monotonic() - begin)
+            cheap = args.save or in_saves <= SAVE_SHARE * (time.monotonic() - begun)
             saving |= any_process(first and cheap)
         if saving or step % LOG_EVERY == 0:
             rate = recipe.batch * len(history) / (time.monotonic() - clock)

@@ -505,8 +505,8 @@ def test_a_run_says_how_long_it_will_be(tmp_path, capsys):
                 train.main(["--out", str(tmp_path), *flags], data.World())
     plan = "1,797 images of 10 classes: 3,000 steps of 64 are 107 epochs; "
     assert capsys.readouterr().out.splitlines() == [
-        plan + "guidance of scale 1.43",
-        plan + "no guidance",
+        plan + "guidance scale 1.43",
+        plan + "guidance scale 1",
     ]
 
 
@@ -522,7 +522,10 @@ def test_one_class_needs_no_guidance(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(train, "fast_loss", spy)
     words = ["--data", str(tmp_path / "data"), "--batch", "4", "--out", str(tmp_path / "run")]
     train.main([*words, "--steps", "1"], data.World())
-    assert seen == [(1, 1, 0)] and "steps of 4 are 1 epochs; no guidance" in capsys.readouterr().out
+    assert (
+        seen == [(1, 1, 0)]
+        and "steps of 4 are 1 epochs; guidance scale 1\n" in capsys.readouterr().out
+    )
     message = fails(monkeypatch, "train.py", *words, "--guidance", "1", "0.5")
     assert "--guidance would be ignored as " in message and "data has one class" in message
 
