@@ -609,14 +609,15 @@ def main(argv, world):
     terminated, stopped, history = Event(), False, []
     signal.signal(signal.SIGTERM, lambda *_: terminated.set())
     batches = stream(dataset, recipe.batch, args.seed, step, world, args.accumulate)
+    steps = zip(range(step + 1, args.steps + 1), batches)
     interval = 0.1 if sys.stderr.isatty() else 60  # seconds between lines in a scheduler's file
-    progress = tqdm(initial=step, total=args.steps, disable=not first, mininterval=interval)
+    options = dict(initial=step, total=args.steps, disable=not first, mininterval=interval)
+    progress = tqdm(steps, **options)
     begun, in_saves = time.monotonic(), 0.0
     clock = begun
-    for step, parts in zip(range(step + 1, args.steps + 1), batches):
+    for step, parts in progress:
         history.append((step, add_gradients(objective, parts)))
         norm = update(state, recipe, step)
-        progress.update()
 
         stopped = any_process(terminated.is_set())
         saving = stopped or step % LASTING == 0 or step == args.steps
@@ -636,7 +637,6 @@ def main(argv, world):
             if saving:
                 log_scores(log, args, model, scorer, world)
             clock = time.monotonic()
-    progress.close()
     if stopped and first:
         print(f"stopped by SIGTERM after step {step}, which is saved: the same command continues")
     elif first:
