@@ -3,7 +3,6 @@
 python benchmarks/loader.py [FOLDER]     what data.py wrote there, or else 20,480 random latents
 """
 
-import json
 import statistics
 import sys
 import tempfile
@@ -18,30 +17,15 @@ import train  # noqa: E402
 
 
 def random_latents(folder, shards=20):
-    """Shards as data.py writes them for images of 256 x 256, of 1,000 classes."""
-    g, paths = (
-        torch.Generator().manual_seed(0),
-        [folder / f"shard-{k:05}.safetensors" for k in range(shards)],
-    )
+    """Write shards as data.py does for images of 256 x 256, of 1,000 classes."""
+    g = torch.Generator().manual_seed(0)
+    paths = [folder / f"shard-{k:05}.safetensors" for k in range(shards)]
     for path in paths:
-        tensors = {
-            "moments": torch.randn(data.SHARD, 2, 2, 4, 32, 32, generator=g).half(),
-            "labels": torch.arange(data.SHARD) % 1000,
-        }
-        data.save_tensors(
-            path, tensors, {"about": json.dumps({"source": "random", "left_out": []})}
-        )
-    data.write_index(
-        folder,
-        paths,
-        {
-            "kind": "latents",
-            "classes": [str(c) for c in range(1000)],
-            "channels": 4,
-            "resolution": 256,
-            "source": "random",
-        },
-    )
+        moments = torch.randn(data.SHARD, 2, 2, 4, 32, 32, generator=g).half()
+        labels = torch.arange(data.SHARD) % 1000
+        data.save_shard(path, "latents", moments, labels, "random")
+    about = {"kind": "latents", "resolution": 256, "mirror": True, "source": "random"}
+    data.write_index(folder, paths, about | {"classes": [str(c) for c in range(1000)]})
 
 
 def rate(step, batch, seconds=3.0):
