@@ -23,6 +23,7 @@ serve the other files as well.
 import argparse
 import hashlib
 import json
+import math
 import os
 import sys
 from collections import deque
@@ -53,7 +54,10 @@ except ImportError:  # on Windows
     LOCK_EX = LOCK_NB = 0
 
     def flock(file, _):
-        locking(file.fileno(), LK_NBLCK, 1)
+        try:
+            locking(file.fileno(), LK_NBLCK, 1)
+        except PermissionError as error:
+            raise BlockingIOError from error
 
 
 STREAMS = ("order", "draws", "samples", "init", "views", "classes")  # one for each use
@@ -191,7 +195,7 @@ def load_data(folder, rank=0, world=1):
     # The checksums of shards do not count: another GPU encodes with other rounding.
     name = f"{kind} {checksum([index['source'], index['left_out']])[:16]}"
     shape = tuple(items[0].shape[-3:])
-    return Dataset(name, kind, index["classes"], shape, index["mirror"], labels, items)
+    return Dataset(name, kind, index["classes"], shape, index.get("mirror", True), labels, items)
 
 
 # --- the VAE ---
@@ -428,7 +432,7 @@ def list_images(root):
         if first[-1] is None:
             raise ValueError(f"{folder} holds no image: put its images there, or delete it")
         files += [(str(path.relative_to(root)), label) for path in paths]
-    return files, [folder.resolve().name for folder in folders or [root]], first[0]
+    return files, [folder.name for folder in folders] or [root.resolve().name], first[0]
 
 
 def encode_views(vae, images, mirror, device):
@@ -661,7 +665,8 @@ def launch(main):
         barrier()
     except Exception as error:
         if isinstance(error, torch.OutOfMemoryError):
-            error = ValueError("the GPU is out of memory: give train.py --accumulate 2 or more")
+            way_out = "free it, or give train.py --accumulate 2 or more"
+            error = ValueError(f"the GPU is out of memory: {way_out}")
         foreseen = isinstance(error, ValueError | OSError)
         if not foreseen and not (store and count_failure(store, 0)):
             raise
@@ -686,6 +691,16 @@ def parser(description):
     result = argparse.ArgumentParser(description=description, formatter_class=layout)
     result.error = error
     return result
+
+
+def check_numbers(args, **least):
+    """Raise ValueError unless these arguments, if given, are finite and at least so large, or above
+    zero where that is the least."""
+    for name, low in least.items():
+        value = getattr(args, name)
+        if value is not None and not (low <= value < math.inf and value > 0):
+            hint = f"give {low} or more" if low else "give a number above 0"
+            raise ValueError(f"--{name} {value}: {hint}")
 
 
 def refuse(args, names, when):

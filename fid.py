@@ -515,20 +515,29 @@ def collect(batches, features, keep_logits=True):
     return gather(state), gather_rows(torch.cat(logits))
 
 
-def measure(path, features, world, count=None, keep_logits=True):
-    """Return what `collect` does for the images of `path`, see `load_images`."""
+def measure(path, features, world, count=None, keep_logits=True, shape=None):
+    """Return what `collect` does for the images of `path`, see `load_images`.
+
+    Raw pixels are compared only between images of one shape: of `shape`, if given.
+    """
     images = load_images(path, count, world.rank, world.size)
+    seen = {shape} if shape else set()
+
+    def check(shapes):
+        if len(shapes) > 1 and features is pixels:
+            found = " and ".join(map(str, sorted(shapes)[:2]))
+            raise ValueError(f"{path}: images of {found} cannot be compared: give --inception")
 
     def batches():
-        sizes = set()
         while part := [image.to(world.device) for image in islice(images, 64)]:
-            here = {image.shape for image in part}
-            sizes |= here
-            if len(sizes) > 1 and features is pixels:
-                raise ValueError(f"{path} has images of several sizes: give --inception")
+            here = {tuple(image.shape) for image in part}
+            seen.update(here)
+            check(seen)
             yield part if len(here) > 1 else torch.stack(part)
 
-    return collect(batches(), features, keep_logits)
+    result = collect(batches(), features, keep_logits)
+    check(set().union(*all_gather(seen)))
+    return result
 
 
 def load_reference(path, features, shape, world):
@@ -541,7 +550,7 @@ def load_reference(path, features, shape, world):
 
     digest = f", sha256 {sha256(path)}" if os.path.isfile(path) else ""
     if not digest or (known := load_statistics(path)) is None:
-        state, _ = measure(path, features, world, keep_logits=False)
+        state, _ = measure(path, features, world, keep_logits=False, shape=shape)
         known, digest = statistics(state), f", {state[0]} images" + digest
     image = torch.zeros(1, *shape, dtype=torch.uint8, device=world.device)
     found, wanted = features(image)[0].shape[1], len(known[0])
@@ -590,7 +599,7 @@ def main(argv, world):
 
     features, about = load_features(args.inception, world.device)
     if args.ref:
-        shape = tuple(next(load_images(args.images, args.count)).shape)
+        shape = tuple(next(load_images(args.images, 2)).shape)
         mu, sigma, about["reference"] = load_reference(args.ref, features, shape, world)
     state, logits = measure(args.images, features, world, args.count, keep_logits=bool(args.ref))
     if args.save_stats and world.rank == 0:

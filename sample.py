@@ -1,9 +1,9 @@
 """Images from a checkpoint, each from noise that depends on (seed, index) alone, and their FID.
 
-    python sample.py runs/digits --classes 3,1,4 --steps 1 --seed 0 --out digits.png
+    python sample.py runs/digits --classes 3,1,4 --steps 1 --seed 0 --out 314.png
     python sample.py meanflow-B4.pth --classes 207,360 --vae diffusion_pytorch_model.safetensors
     torchrun --nproc-per-node 8 sample.py runs/XL-2 --vae FILE --fid REF.npz --inception FILE
-    python sample.py runs/digits --images digits.npz --count 1000
+    python sample.py runs/digits --images samples.npz --count 1000
 
 With --fid, draw --count samples and print their distance from REF and what it was computed with, as
 one line of JSON. REF is what fid.py takes as --ref, a folder of pixels that data.py wrote, or
@@ -22,6 +22,7 @@ import re
 import zipfile
 from contextlib import contextmanager, nullcontext
 from functools import partial
+from io import BytesIO
 from pathlib import Path
 from typing import NamedTuple
 
@@ -82,7 +83,8 @@ def read_weights(path):
     else:
         try:
             with torch.serialization.safe_globals([argparse.Namespace]):  # in DiT's and SiT's files
-                tensors = torch.load(path, map_location="cpu", weights_only=True)
+                options = dict(map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+                tensors = torch.load(path, **options)
             for key in ("ema", "model", "state_dict"):
                 tensors = tensors[key] if isinstance(tensors.get(key), dict) else tensors
             tensors = {name: p for name, p in tensors.items() if torch.is_tensor(p)}
@@ -281,23 +283,32 @@ def image_writer(path, count, shape, world):
     if path.suffix != ".npz":
         yield lambda i, image: save_grid(image[None], path / f"{i:06}.png", gap=0, enlarged=0)
         return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{data.TEMPORARY}{path.stem}.npy")
-    if world.rank == 0:  # all images at once may not fit into memory
-        np.lib.format.open_memmap(part, "w+", np.uint8, (count, *shape[1:], 3))
-    data.barrier()
-    array = np.lib.format.open_memmap(part, "r+")
+    shape, header = (count, *shape[1:], 3), BytesIO()
+    about = {"descr": "|u1", "fortran_order": False, "shape": shape}
+    np.lib.format.write_array_header_1_0(header, about)
+    start, size = len(header.getvalue()), math.prod(shape[1:])
+    part = path.with_name(f"{data.TEMPORARY}{path.stem}.npy")  # of all, who may lack the memory
+    try:
+        if world.rank == 0:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            part.write_bytes(header.getvalue())
+        data.barrier()
+        with open(part, "rb+") as file:
 
-    def write(i, image):
-        array[i] = image.expand(3, -1, -1).permute(1, 2, 0).cpu()
+            def write(i, image):
+                file.seek(start + i * size)
+                file.write(image.expand(3, -1, -1).permute(1, 2, 0).cpu().numpy().tobytes())
 
-    yield write
-    array.flush()
-    data.barrier()
-    if world.rank == 0:
-        with data.atomic_write(path) as temporary, zipfile.ZipFile(temporary, "w") as file:
-            file.write(part, "arr_0.npy")
-        part.unlink()
+            yield write
+        data.barrier()
+        if world.rank == 0:
+            with data.atomic_write(path) as temporary, zipfile.ZipFile(temporary, "w") as file:
+                file.write(part, "arr_0.npy")
+    except OSError as error:
+        raise OSError(f"{path} cannot be written ({error}): make room, or give another") from None
+    finally:
+        if world.rank == 0:
+            part.unlink(missing_ok=True)
 
 
 def evaluate(model, scorer, labels, world, *, steps=1, seed=0, write=None):
@@ -395,13 +406,9 @@ def parse_arguments(argv):
         data.refuse(args, ["count", "uniform"], "without --fid or --images")
     if args.images and args.images.exists():
         if args.images.is_file() or any(args.images.iterdir()):
-            raise ValueError(f"--images {args.images} already exists: give another, or empty it")
-    if args.scale is not None and not args.scale > 0:
-        raise ValueError(f"--scale {args.scale}: give a number above 0")
-    args.out = args.out or "samples.png"
-    args.count = 50_000 if args.count is None else args.count
-    if args.count < 2:
-        raise ValueError(f"--count {args.count}: give a number above 1")
+            raise ValueError(f"--images {args.images} already exists: give another name")
+    data.check_numbers(args, steps=1, scale=0, count=2)
+    args.out, args.count = args.out or "samples.png", args.count or 50_000
     return args
 
 

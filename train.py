@@ -169,11 +169,15 @@ def state_tensors(state):
     }
 
 
+def checkpoint(folder, kind, step):
+    return folder / f"{kind}-{step:08}.safetensors"
+
+
 def save_checkpoint(folder, step, state, metadata):
     """Write the state, then the averaged weights, whose presence says that both are whole."""
-    data.save_tensors(folder / f"state-{step:08}.safetensors", state_tensors(state))
+    data.save_tensors(checkpoint(folder, "state", step), state_tensors(state))
     metadata = metadata | {"step": str(step)}
-    data.save_tensors(folder / f"ema-{step:08}.safetensors", state.ema, metadata)
+    data.save_tensors(checkpoint(folder, "ema", step), state.ema, metadata)
     for kind in ("ema", "state"):
         for old, path in list(sample.checkpoints(folder, kind).items())[:-KEEP]:
             if kind == "state" or old % LASTING:
@@ -183,8 +187,8 @@ def save_checkpoint(folder, step, state, metadata):
 def restore(folder, step, state):
     """Copy the save of `step` into the tensors of `state`."""
     for kind, tensors in (("state", state_tensors(state)), ("ema", state.ema)):
-        path = sample.checkpoints(folder, kind)[step]
-        hint = "delete it to continue from the save before"
+        path = checkpoint(folder, kind, step)
+        hint = "delete both files of this step to continue from the save before"
         saved, _ = data.read_tensors(path, hint)
         data.check_tensors(path, saved, {k: tuple(p.shape) for k, p in tensors.items()}, hint)
         for name, p in tensors.items():
@@ -212,9 +216,16 @@ def read_log(folder, step, run):
     return [first, *rest]
 
 
-def open_log(folder, lines):
-    """Return log.jsonl, rewritten with these lines and open to append. Lock its folder."""
+def open_log(folder, start, lines):
+    """Return log.jsonl, rewritten with these lines and open to append. Lock its folder.
+
+    Raises ValueError if it holds averaged weights that the run would write again.
+    """
     lock = data.lock_folder(folder)
+    last = max(sample.checkpoints(folder, "ema"), default=0)
+    if last > start:
+        where = f"{checkpoint(folder, 'ema', last)} is later than the save to continue from"
+        raise ValueError(f"{where}, step {start}: move it elsewhere, or choose another --out")
     with data.atomic_write(folder / "log.jsonl") as temporary:
         temporary.write_text("".join(f"{line}\n" for line in lines))
     log = (folder / "log.jsonl").open("a", buffering=1)
@@ -278,6 +289,12 @@ def last_good(folder):
     return f"{last or 'nothing was saved'}; choose another --out and a smaller --lr"
 
 
+def is_score(line, args):
+    """Return whether a line of the log holds the scores that these arguments ask for."""
+    same = line.get("count") == args.count and ("inception" in line) == bool(args.inception)
+    return same and line["reference"].startswith(f"{args.fid}, ")
+
+
 def log_scores(log, args, model, scorer, world):
     """Write a line of scores for each lasting save, and the run's last, that has none yet.
 
@@ -288,11 +305,11 @@ def log_scores(log, args, model, scorer, world):
     due, labels = [], torch.arange(args.count) % config(model.params).classes
     if log:
         lines = [json.loads(line) for line in (args.out / "log.jsonl").read_text().splitlines()]
-        scored = [line["step"] for line in lines if "fid" in line]
+        scored = [line["step"] for line in lines if is_score(line, args)]
         saves = sample.checkpoints(args.out, "ema")
         due = [k for k in saves if (k % LASTING == 0 or k == args.steps) and k not in scored]
     for step in fid.all_gather(due)[0]:
-        path = sample.checkpoints(args.out, "ema")[step]
+        path = checkpoint(args.out, "ema", step)
         params = sample.load(path, world.device).params
         scores = sample.evaluate(model._replace(params=params), scorer, labels, world)
         if log:
@@ -307,7 +324,8 @@ def save_curve(folder):
     pen, font = ImageDraw.Draw(picture), ImageFont.load_default(13)
     for left, names in ((60, ("raw_equal", "raw_differ")), (540, ("grad_norm",))):
         right, top, bottom = left + 400, 40, 280
-        series = [[(k["step"], k[name]) for k in lines if k.get(name)] for name in names]
+        series = [[(k["step"], k.get(name) or 0) for k in lines] for name in names]
+        series = [[(step, y) for step, y in points if 0 < y < math.inf] for points in series]
         values = [y for points in series for _, y in points]
         if not values:
             continue
@@ -334,9 +352,18 @@ def save_curve(folder):
         picture.save(temporary, "PNG")
 
 
-def report(model, dataset, folder):
+def save_grid(folder, step, model):
+    """Write a picture of one-step samples, always from the same noise; return its path."""
+    labels = torch.arange(100) * config(model.params).classes // 100
+    x = sample.generate(model.params, labels, model.shape)
+    path = folder / f"grid-{step:08}.png"
+    sample.save_grid(sample.to_uint8(x, model), path)
+    return path
+
+
+def report(model, dataset, folder, step):
     """Print the pictures' paths and, for the digits, how good samples and real images are."""
-    print(max(folder.glob("grid-*.png"), default=folder), folder / "curve.png")
+    print(save_grid(folder, step, model), folder / "curve.png")
     if dataset.name != "digits":
         return
     reals, labels = dataset.items.flatten(1), dataset.labels
@@ -379,7 +406,8 @@ def parse_arguments(argv):
     add("--batch", type=int, help="images a step, over all processes (default: the size's recipe)")
     add("--lr", type=float, help="Adam's step size, constant (default: the size's recipe)")
     guidance = "OMEGA KAPPA [T0 T1]: its two factors, for t in [T0, T1]; 1 0: none (default: the"
-    add("--guidance", nargs="+", type=float, help=f"{guidance} size's recipe)", metavar="OMEGA")
+    options = dict(nargs="+", type=float, metavar=("OMEGA", "KAPPA"))
+    add("--guidance", **options, help=f"{guidance} size's recipe)")
     floats = ("float32", "bfloat16")
     add("--precision", choices=floats, help="of GEMMs (default: bfloat16 on a GPU, else float32)")
     add("--seed", type=int, default=0)
@@ -394,16 +422,13 @@ def parse_arguments(argv):
         data.refuse(args, ["inception", "count"], "without --fid")
     if not args.init:
         data.refuse(args, ["convention"], "without --init")
-    for name in ("steps", "batch", "lr", "save", "accumulate", "count"):
-        value = getattr(args, name)
-        if value is not None and not 0 < value < math.inf:
-            raise ValueError(f"--{name} {value}: give a number above 0")
+    data.check_numbers(args, steps=1, batch=1, lr=0, save=1, accumulate=1, count=2)
     size = args.size if args.size in RECIPES else f"{args.size}/2"
     if size not in RECIPES:
         raise ValueError(f"--size {args.size} is unknown: choose one of {', '.join(RECIPES)}")
     changes = {k: v for k, v in vars(args).items() if k in ("batch", "lr") and v}
     if args.guidance:
-        changes |= parse_guidance(*args.guidance)
+        changes |= parse_guidance(args.guidance)
     args.size, args.recipe = size, RECIPES[size]._replace(**changes)
     args.data = args.data or ("digits" if size == "T/2" else "data/imagenet")
     name = "digits" if args.data == "digits" else size.replace("/", "-")
@@ -413,12 +438,14 @@ def parse_arguments(argv):
     return args
 
 
-def parse_guidance(omega, kappa=math.nan, start=0.0, end=1.0, *more):
+def parse_guidance(numbers):
     """Return the numbers of --guidance as changes of a Recipe."""
-    if more or not (0 <= omega < math.inf and 0 <= kappa < 1 and 0 <= start <= end <= 1):
-        hint = "give OMEGA >= 0, KAPPA in [0, 1) and perhaps T0 <= T1 in [0, 1]"
-        raise ValueError(f"--guidance {omega} {kappa} {start} {end}: {hint}")
-    return {"omega": omega, "kappa": kappa, "interval": (start, end)}
+    if len(numbers) in (2, 4):
+        omega, kappa, start, end = *numbers, *(0.0, 1.0)[: 4 - len(numbers)]
+        if 0 <= omega < math.inf and 0 <= kappa < 1 and 0 <= start <= end <= 1:
+            return {"omega": omega, "kappa": kappa, "interval": (start, end)}
+    hint = "give OMEGA >= 0, KAPPA in [0, 1) and perhaps T0 <= T1 in [0, 1]"
+    raise ValueError(f"--guidance {' '.join(map(str, numbers))}: {hint}")
 
 
 def find_start(args, world):
@@ -480,6 +507,7 @@ def warm_start(params, path, convention, classes):
     at first u(z, t, r) is the checkpoint's v(z, t). A label that the checkpoint does not know by
     name, or else by number among as many, starts as its null label.
     """
+    path, hint = sample.find_checkpoint(path), "give --init weights of the same --size and channels"
     tensors, metadata = sample.read_weights(path)
     taken, table = sample.convert(path, tensors, convention), "y_embedder.embedding_table.weight"
     *rows, null = taken[table]
@@ -488,7 +516,6 @@ def warm_start(params, path, convention, classes):
     created = {k: p for k, p in params.items() if k.startswith("h_embedder") and k not in taken}
     created |= {k: torch.zeros_like(p) for k, p in created.items() if ".mlp.2." in k}
     shapes = {name: tuple(p.shape) for name, p in params.items()}
-    hint = "give --init a checkpoint of the same --size and channels"
     data.check_tensors(path, taken | created, shapes, hint)
     new = sum(name not in rows for name in classes)
     line = f"{path}: {len(taken)} tensors taken, created {sorted(created)}, {new} labels are new"
@@ -535,7 +562,7 @@ def open_run(args, dataset, start, world):
         "kind": kind,
         "resolution": str(images[-1]),
         "classes": json.dumps(dataset.classes),
-        "run": lines[0],
+        "run": json.dumps(run),
     }
     vae = None if args.vae is None else data.load_vae(args.vae, world.device)
     if args.fid and kind == "latents" and not vae:
@@ -544,7 +571,7 @@ def open_run(args, dataset, start, world):
     state = begin(args, dataset, start, world)
     model = sample.ImageModel(state.ema, kind, shape, vae)
     data.barrier()
-    log = open_log(args.out, lines) if world.rank == 0 else None
+    log = open_log(args.out, start, lines) if world.rank == 0 else None
     return model, scorer, state, metadata, log
 
 
@@ -560,14 +587,12 @@ def any_process(flag):
 
 
 def save(folder, step, state, model, metadata, skip_grid):
-    """Write the sample grid, always from the same noise, the curve and the checkpoint; on SIGTERM
-    skip the grid. Raise ValueError, and write nothing, if a weight is not finite."""
+    """Write the sample grid, the curve and the checkpoint; on SIGTERM skip the grid.
+    Raise ValueError, and write nothing, if a weight is not finite."""
     if not all(p.isfinite().all() for p in state.params.values()):
         raise ValueError(f"the weights are not finite after step {step}; {last_good(folder)}")
     if not skip_grid:
-        labels = torch.arange(100) * config(model.params).classes // 100
-        x = sample.generate(model.params, labels, model.shape)
-        sample.save_grid(sample.to_uint8(x, model), folder / f"grid-{step:08}.png")
+        save_grid(folder, step, model)
     save_curve(folder)
     save_checkpoint(folder, step, state, metadata)
 
@@ -640,7 +665,7 @@ def main(argv, world):
     if stopped and first:
         print(f"stopped by SIGTERM after step {step}, which is saved: the same command continues")
     elif first:
-        report(model, dataset, folder)
+        report(model, dataset, folder, step)
 
 
 if __name__ == "__main__":

@@ -332,6 +332,15 @@ def test_without_resolution_pixels_keep_the_size_of_the_first(pictures, tmp_path
     assert data.load_data(tmp_path / "data").shape == (3, min(first.size), min(first.size))
 
 
+def test_classes_have_the_names_of_their_links(pictures, tmp_path):
+    """Two links to folders of one name are two classes."""
+    for name, target in (("cat", "class0"), ("dog", "class1")):
+        shutil.copytree(pictures / target, tmp_path / name / "images")
+        (tmp_path / "photos").mkdir(exist_ok=True)
+        (tmp_path / "photos" / name).symlink_to(tmp_path / name / "images")
+    assert data.list_images(tmp_path / "photos")[1] == ["cat", "dog"]
+
+
 def test_a_flat_folder_is_one_class(pictures, tmp_path):
     folder = tmp_path / "photos"
     shutil.copytree(pictures / "class0", folder, ignore=shutil.ignore_patterns("more"))
@@ -377,10 +386,10 @@ def test_files_lock_where_there_is_no_fcntl(tmp_path):
         "lock = data.lock_folder(folder)\n"
         "assert msvcrt.held == [(lock.fileno(), 2, 1)]\n"
         "try:\n    data.lock_folder(folder)\n"
-        "except OSError as error:\n    print(error)\n"
+        "except ValueError as error:\n    print(error)\n"
     )
     printed = run("-c", code, tmp_path / "folder", tmp_path)
-    assert "folder cannot be locked ([Errno 13] Permission denied)" in printed
+    assert f"another process is writing to {tmp_path / 'folder'}: wait" in printed
 
 
 # --- bad input ---

@@ -437,7 +437,7 @@ REFERENCES = {
     ),
     "sizes": (
         lambda path: [paint(path / str(side), 1, 1, side) for side in (8, 9)],
-        "has images of several sizes",
+        "images of (3, 8, 8) and (3, 9, 9) cannot be compared: give --inception",
     ),
     "deep images": (
         lambda path: (
@@ -526,3 +526,18 @@ def test_suffixes_of_images_may_be_in_capitals(tmp_path):
         Image.new("RGB", (4, 4), (k, k, k)).save(tmp_path / name)
     (tmp_path / "notes.TXT").write_text("x")
     assert [image.shape for image in fid.load_images(tmp_path)] == [(3, 4, 4)] * 3
+
+
+def test_raw_pixels_of_other_shapes_are_not_compared(tmp_path, monkeypatch):
+    """Nor if there are as many of them, or if each process sees one shape."""
+    for name, size in (("tall", (16, 32)), ("wide", (32, 16))):
+        (tmp_path / name).mkdir()
+        for k in range(3):
+            array = np.random.default_rng(k).integers(0, 256, (*size, 3), dtype=np.uint8)
+            Image.fromarray(array).save(tmp_path / name / f"{k}.png")
+    message = fails(monkeypatch, "fid.py", tmp_path / "tall", "--ref", tmp_path / "wide")
+    assert "images of (3, 16, 32) and (3, 32, 16) cannot be compared: give --inception" in message
+    others = [{(3, 16, 32)}, {(3, 32, 16)}]
+    monkeypatch.setattr(fid, "all_gather", lambda value: others if value == others[0] else [value])
+    with pytest.raises(ValueError, match="tall: images of .* cannot be compared"):
+        fid.measure(tmp_path / "tall", fid.pixels, data.World())

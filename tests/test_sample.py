@@ -106,7 +106,7 @@ def test_colour_and_many_rows(tmp_path):
             ["--classes", "cat"],
             "--classes cat: give numbers separated by commas, as 3,1,4",
         ),
-        (["--steps", "0"], "steps = 0: give an integer >= 1"),
+        (["--steps", "0"], "--steps 0: give 1 or more"),
         (["--steps", "two"], "argument --steps: invalid int value: 'two'"),
         (["--out", "digits"], "digits has an unsupported image suffix: name it .png"),
     ],
@@ -229,6 +229,21 @@ def test_samples_are_kept_without_a_reference(checkpoint, tmp_path, capsys):
 
 
 @pytest.mark.slow  # starts processes
+def test_a_full_disk_ends_with_one_line_and_leaves_nothing(checkpoint, tmp_path):
+    """A limit on file size stands in for a full disk: the same call fails, with another errno."""
+    script = (
+        "import resource, runpy, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (9000, 9000)); "
+        "sys.argv = ['sample.py', *sys.argv[1:]]; runpy.run_path('sample.py', run_name='__main__')"
+    )
+    path = tmp_path / "new" / "x.npz"
+    full = start("-c", script, checkpoint[0], "--count", 900, "--images", path)
+    _, errors = full.communicate(timeout=120)
+    assert full.returncode == 1 and "Traceback" not in errors
+    assert f"sample.py: {path} cannot be written ([Errno 27] File too large): make room" in errors
+    assert not list((tmp_path / "new").iterdir())
+
+
+@pytest.mark.slow  # starts processes
 def test_two_processes_write_one_file(checkpoint, tmp_path):
     words = ["sample.py", checkpoint[0], "--count", "9", "--images"]
     [printed] = finish(start(*LAUNCH, 2, *words, tmp_path / "two.npz"))
@@ -346,9 +361,9 @@ def test_what_data_py_wrote_is_a_reference_too(checkpoint, tmp_path, capsys):
         ),
         (
             ["--fid", "digits", "--images", "tests"],
-            "--images tests already exists: give another, or empty it",
+            "--images tests already exists: give another name",
         ),
-        (["--images", "README.md"], "--images README.md already exists: give another, or empty"),
+        (["--images", "README.md"], "--images README.md already exists: give another name"),
         (["--count", "9"], "--count would be ignored without --fid or --images: leave it out"),
         (["--uniform"], "--uniform would be ignored without --fid or --images: leave it out"),
         (["--inception", "x"], "--inception would be ignored without --fid: leave it out"),
@@ -357,7 +372,7 @@ def test_what_data_py_wrote_is_a_reference_too(checkpoint, tmp_path, capsys):
         (["--scale", "1"], "--scale would be ignored as "),
         (["--scale", "0"], "--scale 0.0: give a number above 0"),
         (["--convention", "ours"], "argument --convention: invalid choice: 'ours' (choose from"),
-        (["--fid", "digits", "--count", "1"], "--count 1: give a number above 1"),
+        (["--fid", "digits", "--count", "1"], "--count 1: give 2 or more"),
         (
             ["--fid", "digits", "--inception", "no.pth"],
             "no.pth is not a file: fetch https://github.com/mseitzer/pytorch-fid",

@@ -21,6 +21,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image, ImageColor
 from processes import LAUNCH, ROOT, fails, finish, fork, run, start
+from safetensors import safe_open
 from safetensors.torch import load_file
 
 import data
@@ -457,6 +458,51 @@ def test_scores_that_a_kill_lost_are_made_when_the_run_continues(monkeypatch, tm
     assert (tmp_path / "log.jsonl").read_text() == before
     train.main([*words, *flags, "--steps", "11"], data.World())
     assert scored(tmp_path) == [4, 8, 10, 11]
+    train.main([*words, *flags[:2], "--count", "30", "--steps", "11"], data.World())  # other scores
+    assert scored(tmp_path) == [4, 8, 10, 11, 4, 8, 11]
+
+
+def test_a_run_that_another_process_has_moved_on_is_not_cut_back(monkeypatch, tmp_path):
+    """Another process saves step 4 between this one's look for saves and its lock."""
+    words = ["--batch", "8", "--save", "2", "--out", str(tmp_path), "--steps"]
+    monkeypatch.setattr(train, "report", lambda *_: None)
+    train.main([*words, "2"], data.World())
+    begin = train.begin
+
+    def late(*arguments):
+        with monkeypatch.context() as m:
+            m.setattr(train, "begin", begin)
+            train.main([*words, "4"], data.World())
+        return begin(*arguments)
+
+    with (
+        monkeypatch.context() as m,
+        pytest.raises(ValueError, match="ema-00000004.* is later than"),
+    ):
+        m.setattr(train, "begin", late)
+        train.main([*words, "6"], data.World())
+    assert [entry["step"] for entry in losses(tmp_path)] == [2, 4]
+
+
+def test_a_run_stopped_at_its_last_step_gets_its_picture(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(train, "any_process", lambda flag: True)
+    words = ["--batch", "8", "--steps", "1", "--out", str(tmp_path)]
+    train.main(words, data.World())
+    assert "stopped by SIGTERM after step 1" in capsys.readouterr().out
+    assert not list(tmp_path.glob("grid-*"))
+    train.main(words, data.World())
+    assert f"{tmp_path / 'grid-00000001.png'} " in capsys.readouterr().out
+    assert len(list(tmp_path.glob("grid-*"))) == 1
+
+
+def test_a_save_says_how_it_was_trained_last(tmp_path):
+    for steps, precision in ((1, "float32"), (2, "bfloat16")):
+        words = ["--batch", "8", "--steps", str(steps), "--precision", precision]
+        with mock.patch.object(train, "report", lambda *_: None):
+            train.main([*words, "--out", str(tmp_path)], data.World())
+        with safe_open(tmp_path / f"ema-{steps:08}.safetensors", "pt") as file:
+            run = json.loads(file.metadata()["run"])
+        assert (run["steps"], run["precision"]) == (steps, precision)
 
 
 def test_saves_take_two_percent_of_the_time(monkeypatch, tmp_path):
@@ -553,7 +599,7 @@ def test_the_curve_is_that_of_the_log(tmp_path):
         {"step": k, "raw_equal": 10 * 2 ** (k / 100), "raw_differ": None, "grad_norm": 3.0}
         for k in range(1, 101)
     ]
-    lines.append({"step": 100, "fid": 3.0})
+    lines.append({"step": 100, "fid": 3.0, "grad_norm": math.inf})
     (tmp_path / "log.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
     train.save_curve(tmp_path)
     picture = Image.open(tmp_path / "curve.png")
@@ -572,23 +618,24 @@ def test_the_curve_is_that_of_the_log(tmp_path):
     "flags, words",
     [
         (["--size", "Q"], "--size Q is unknown: choose one of T/2, B/4"),
-        (["--steps", "0"], "--steps 0: give a number above 0"),
-        (["--batch", "-3"], "--batch -3: give a number above 0"),
+        (["--steps", "0"], "--steps 0: give 1 or more"),
+        (["--batch", "-3"], "--batch -3: give 1 or more"),
         (["--lr", "nan"], "--lr nan: give a number above 0"),
         (["--lr", "inf"], "--lr inf: give a number above 0"),
-        (["--save", "0"], "--save 0: give a number above 0"),
+        (["--save", "0"], "--save 0: give 1 or more"),
         (["--save", "often"], "argument --save: invalid int value: 'often'"),
         (["--speed", "9"], "unrecognized arguments: --speed 9"),
-        (["--fid", "digits", "--count", "0"], "--count 0: give a number above 0"),
+        (["--fid", "digits", "--count", "1"], "--count 1: give 2 or more"),
         (["--count", "9"], "--count would be ignored without --fid: leave it out"),
         (["--inception", "x"], "--inception would be ignored without --fid: leave it out"),
         (["--convention", "sit"], "--convention would be ignored without --init: leave it out"),
         (["--vae", "x"], "--vae would be ignored as digits holds pixels: leave it out"),
-        (["--guidance", "1"], "--guidance 1.0 nan 0.0 1.0: give OMEGA >= 0, KAPPA in [0, 1) and"),
-        (["--guidance", "1", "1"], "--guidance 1.0 1.0 0.0 1.0: give OMEGA >= 0, KAPPA in"),
+        (["--guidance", "1"], "--guidance 1.0: give OMEGA >= 0, KAPPA in [0, 1) and"),
+        (["--guidance", "1", "1"], "--guidance 1.0 1.0: give OMEGA >= 0, KAPPA in"),
         (["--guidance", "1", "0.5", "0.8", "0.2"], "perhaps T0 <= T1 in [0, 1]"),
         (["--guidance", "1", "0.5", "0", "1", "2"], "give OMEGA >= 0"),
-        (["--guidance", "nan", "0.5"], "--guidance nan 0.5 0.0 1.0: give OMEGA >= 0"),
+        (["--guidance", "1", "0.5", "0.2"], "--guidance 1.0 0.5 0.2: give OMEGA >= 0"),
+        (["--guidance", "nan", "0.5"], "--guidance nan 0.5: give OMEGA >= 0"),
         (["--precision", "float16"], "argument --precision: invalid choice: 'float16' (choose fr"),
         (
             ["--fid", "digits", "--inception", "no.pth"],
@@ -598,7 +645,7 @@ def test_the_curve_is_that_of_the_log(tmp_path):
             ["--fid", "no.npz"],
             "no.npz cannot be read ([Errno 2] No such file or directory: 'no.npz'): give images or",
         ),
-        (["--accumulate", "0"], "--accumulate 0: give a number above 0"),
+        (["--accumulate", "0"], "--accumulate 0: give 1 or more"),
         (
             ["--accumulate", "3"],
             "--batch 64 is not divisible by 3: give a multiple of processes times --accumulate",
@@ -751,9 +798,14 @@ def test_a_folder_with_a_foreign_log_is_left_as_it_is(monkeypatch, tmp_path):
 
 
 @slow
-def test_without_the_last_save_the_one_before_is_continued(undisturbed, tmp_path):
+def test_without_the_last_save_the_one_before_is_continued(monkeypatch, undisturbed, tmp_path):
     folder = shutil.copytree(undisturbed[0], tmp_path / "run")
     (folder / "state-00000060.safetensors").unlink()
+    message = fails(monkeypatch, *command(folder))
+    assert (
+        "ema-00000060.safetensors is later than the save to continue from, step 50: mo" in message
+    )
+    (folder / "ema-00000060.safetensors").unlink()
     finish(fork(*command(folder)))
     assert_same_bits(final(folder), final(undisturbed[0]))
     assert losses(folder) == losses(undisturbed[0])

@@ -132,7 +132,8 @@ def save(content, path):
 def test_the_layouts_of_others_give_the_numbers_of_the_authors_code(tmp_path, layout):
     content, convention = LAYOUTS[layout]
     z, t, r, y = golden_inputs()
-    forms = [save(content, tmp_path / "x.pt")]
+    forms = [save(content, tmp_path / "x.pt"), tmp_path / "old.pth"]
+    torch.save(content, forms[1], _use_new_zipfile_serialization=False)
     if all(map(torch.is_tensor, content.values())):
         forms.append(save(content, tmp_path / "x.safetensors"))
     for path in forms:
@@ -308,6 +309,13 @@ def test_other_classes_get_new_labels_that_start_as_the_null_label(tmp_path):
         params, line = train.warm_start(new, tmp_path / "x.safetensors", None, classes)
         assert torch.equal(params["y_embedder.embedding_table.weight"], table[want])
         assert line.endswith(f"created [], {want[:-1].count(10)} labels are new")
+
+
+def test_training_starts_from_a_runs_folder(tmp_path):
+    save(MEANFLOW, tmp_path / "ema-00000007.safetensors")
+    params, line = train.warm_start(fresh(), tmp_path, None, [str(k) for k in range(10)])
+    assert torch.equal(params[FIRST], MEANFLOW[FIRST])
+    assert line.startswith(f"{tmp_path / 'ema-00000007.safetensors'}: ")
 
 
 def json_list(names):
