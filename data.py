@@ -437,12 +437,9 @@ def list_images(root):
 
 def encode_views(vae, images, mirror, device):
     """Return the moments of images, (n, 3, H, W) uint8, and perhaps of their mirror images."""
-    moments = []
-    for x in images.split(64):
-        x = x.to(device) / 127.5 - 1
-        views = [torch.stack(encode(vae, view), 1) for view in (x, x.flip(3))[: 1 + mirror]]
-        moments.append(torch.stack(views, 1).half().cpu())
-    return torch.cat(moments)  # (n, view, mean and deviation, 4, H/8, W/8)
+    x = images.to(device) / 127.5 - 1
+    views = [torch.stack(encode(vae, view), 1) for view in (x, x.flip(3))[: 1 + mirror]]
+    return torch.stack(views, 1).half().cpu()  # (n, view, mean and deviation, 4, H/8, W/8)
 
 
 def is_complete(path, source, entry):
@@ -473,19 +470,23 @@ def write_shards(root, files, about, todo, vae, world):
         part = files[k * SHARD : (k + 1) * SHARD]
         return part, list(pool.map(lambda file: load_crop(root / file[0], size), part))
 
-    progress = tqdm(total=len(todo) * SHARD, unit=" images", disable=world.rank > 0)
+    total = sum(len(files[k * SHARD : (k + 1) * SHARD]) for k in todo)
+    progress = tqdm(total=total, unit=" files", disable=world.rank > 0)
     with progress, ThreadPoolExecutor() as pool:
         for path, (part, crops) in zip(todo.values(), prefetch(read, todo, depth=2)):
             (names, labels), (images, errors) = zip(*part), zip(*crops)
             whole = torch.tensor([error is None for error in errors])
-            items, labels = torch.stack(images)[whole], torch.tensor(labels)[whole]
+            images, labels = torch.stack(images)[whole], torch.tensor(labels)[whole]
             for error in filter(None, errors):
                 tqdm.write(f"left out: {error}")
             left_out = [name for name, error in zip(names, errors) if error]
-            if vae:
-                items = encode_views(vae, items, about["mirror"], world.device)
+            progress.update(len(left_out))
+            items = []
+            for x in images.split(64):
+                items.append(encode_views(vae, x, about["mirror"], world.device) if vae else x)
+                progress.update(len(x))
+            items = torch.cat(items)
             save_shard(path, about["kind"], items, labels, about["source"], left_out)
-            progress.update(SHARD)
 
 
 def write_index(folder, shards, about):
@@ -503,7 +504,8 @@ def write_index(folder, shards, about):
     index = about | {"counts": counts, "left_out": left_out, "shards": entries}
     with atomic_write(folder / "index.json") as temporary:
         temporary.write_text(json.dumps(index | {"checksum": checksum(index)}, indent=1))
-    done = f"{sum(counts):,} images of {len(counts):,} classes as {about['kind']}"
+    side = about["resolution"]
+    done = f"{sum(counts):,} images of {len(counts):,} classes as {about['kind']} of {side}x{side}"
     print(f"{folder}: {done} in {len(shards):,} shards; {len(left_out)} files left out")
 
 
@@ -548,7 +550,7 @@ def atomic_write(path):
         os.replace(temporary, path)
     except (SafetensorError, OSError) as error:
         temporary.unlink(missing_ok=True)
-        way_out = "make room, then run the same command again"
+        way_out = "make room and run the same command again, or choose another place"
         raise OSError(f"{path} cannot be written ({error}): {way_out}") from None
 
 
@@ -663,6 +665,8 @@ def launch(main):
         device = pick_device(int(os.environ.get("LOCAL_RANK", 0)))
         main(sys.argv[1:], World(rank, size, device))
         barrier()
+    except KeyboardInterrupt:
+        status = 130
     except Exception as error:
         if isinstance(error, torch.OutOfMemoryError):
             way_out = "free it, or give train.py --accumulate 2 or more"
@@ -679,6 +683,8 @@ def launch(main):
     if store:
         sys.stdout.flush()
         os._exit(status)
+    if status:
+        sys.exit(status)
 
 
 def parser(description):

@@ -19,6 +19,7 @@ import json
 import math
 import os
 import re
+import sys
 import zipfile
 from contextlib import contextmanager, nullcontext
 from functools import partial
@@ -30,6 +31,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from tqdm import tqdm
 
 import data
 import fid
@@ -145,9 +147,10 @@ def convert(path, tensors, convention=None):
     if "pos_embed" in tensors:
         check_positions(path, tensors["pos_embed"], width)
 
-    if not is_velocity and convention:
-        raise ValueError(f"{path} is a MeanFlow, which has one convention: leave out --convention")
     is_repa = any(name.startswith("projectors.") for name in tensors)
+    if convention and not is_velocity or convention == "sit" and is_repa:
+        kind = "REPA's" if is_repa else "a MeanFlow"
+        raise ValueError(f"{path} is {kind}, whose convention is known: leave out --convention")
     if is_velocity and not convention and not is_repa:
         words = "; ".join(f"--convention {name} if it {what}" for name, what in CONVENTIONS.items())
         raise ValueError(
@@ -188,8 +191,9 @@ def image_size(path, architecture, tensors, metadata):
     kind, resolution = metadata.get("kind"), metadata.get("resolution", "")
     side = int(resolution) // (8 if kind == "latents" else 1) if resolution.isdecimal() else 0
     if kind not in data.TENSOR or not side or side % patch:
-        found = f"kind {kind}, resolution {resolution or None}"
-        raise ValueError(f"{path}: metadata has {found}: give weights that train.py wrote")
+        found = f"kind {kind}, resolution {resolution or None}, and there is no pos_embed"
+        hint = "save it as .safetensors with metadata kind (pixels or latents) and resolution"
+        raise ValueError(f"{path}: metadata has {found}: {hint}")
     return kind, side
 
 
@@ -319,7 +323,8 @@ def evaluate(model, scorer, labels, world, *, steps=1, seed=0, write=None):
 
     def batches():
         mine = range(world.rank, len(labels), world.size)
-        for numbers in (mine[k : k + 100] for k in range(0, len(mine), 100)):
+        chunks = [mine[k : k + 100] for k in range(0, len(mine), 100)]
+        for numbers in tqdm(chunks, unit=" hundreds", leave=False, disable=world.rank > 0):
             y = labels[list(numbers)]
             x = generate(model.params, y, model.shape, steps=steps, seed=seed, indices=numbers)
             if not x.isfinite().all():
@@ -384,7 +389,7 @@ def parse_arguments(argv):
     arguments = data.parser(__doc__)
     add = arguments.add_argument
     add("checkpoint", help="a run's folder, or a file of weights, .safetensors, .pt or .pth")
-    add("--classes", help="comma-separated (default: the first ten; all for --fid and --images)")
+    add("--classes", help="their numbers, separated by commas (default: all, in turn)")
     add("--steps", type=int, default=1, help="evaluations of the network (default: 1)")
     add("--seed", type=int, default=0)
     add("--vae", help="sd-vae-ft-mse's file, which decodes latents (see data.py)")
@@ -424,10 +429,13 @@ def main(argv, world):
     else:
         vae, scale = data.load_vae(args.vae, world.device), args.scale or data.SCALE
         model = model._replace(vae=vae, scale=scale)
+    if not model.params["h_embedder.mlp.2.weight"].any() and args.steps < 10 and world.rank == 0:
+        tqdm.write(f"{args.checkpoint} predicts a velocity: give --steps 50 or more", sys.stderr)
     if args.fid or args.images:
         score(args, model, classes, world)
     elif world.rank == 0:
-        classes = classes if args.classes else classes[:10]
+        if not args.classes:
+            classes = [k % len(classes) for k in range(10)]
         x = generate(model.params, classes, model.shape, steps=args.steps, seed=args.seed)
         save_grid(to_uint8(x, model), args.out)
         print(args.out)

@@ -5,7 +5,7 @@
     torchrun --nproc-per-node 8 train.py --size XL --data data/imagenet       on eight GPUs
 
 The same command continues a stopped run from its last save, with any number of processes. SIGTERM
-makes it save, without grid and scores, and end. The run's folder holds
+or Ctrl-C makes it save, without grid and scores, and end. The run's folder holds
 
     ema-STEP.safetensors      averaged weights, for sample.py: the last two and every 50,000th step
     state-STEP.safetensors    weights and Adam's moments, to continue from: the last two saves
@@ -354,7 +354,9 @@ def save_curve(folder):
 
 def save_grid(folder, step, model):
     """Write a picture of one-step samples, always from the same noise; return its path."""
-    labels = torch.arange(100) * config(model.params).classes // 100
+    classes = config(model.params).classes
+    count = 10 * min(10, classes)  # ten of a class in each row, if they are ten or fewer
+    labels = torch.arange(count) * classes // count
     x = sample.generate(model.params, labels, model.shape)
     path = folder / f"grid-{step:08}.png"
     sample.save_grid(sample.to_uint8(x, model), path)
@@ -476,14 +478,16 @@ def load_dataset(args, world):
     if dataset.kind == "pixels":
         data.refuse(args, ["vae"], f"as {args.data} holds pixels")
     if len(dataset.classes) == 1:
-        data.refuse(args, ["guidance"], f"as {args.data} has one class")
+        if args.guidance and args.guidance[:2] != [1, 0]:
+            data.refuse(args, ["guidance"], f"as {args.data} has one class")
         args.recipe = args.recipe._replace(omega=1.0, kappa=0.0)
     images, batch, recipe = len(dataset.labels), args.recipe.batch, args.recipe
     args.steps = args.steps or count_steps(recipe, images)
     if world.rank == 0:
         epochs = f"{args.steps:,} steps of {batch} are {args.steps * batch / images:,.0f} epochs"
         scale = f"guidance scale {recipe.omega / (1 - recipe.kappa):.3g}"
-        print(f"{images:,} images of {len(dataset.classes):,} classes: {epochs}; {scale}")
+        classes = f"{len(dataset.classes):,} classes"
+        print(f"{args.size} on {images:,} images of {classes}: {epochs}; {scale}")
     return dataset
 
 
@@ -587,7 +591,7 @@ def any_process(flag):
 
 
 def save(folder, step, state, model, metadata, skip_grid):
-    """Write the sample grid, the curve and the checkpoint; on SIGTERM skip the grid.
+    """Write the sample grid, the curve and the checkpoint; on a signal skip the grid.
     Raise ValueError, and write nothing, if a weight is not finite."""
     if not all(p.isfinite().all() for p in state.params.values()):
         raise ValueError(f"the weights are not finite after step {step}; {last_good(folder)}")
@@ -632,7 +636,8 @@ def main(argv, world):
     objective = parallel(Objective(state.params, recipe, args.compile, args.precision), world)
 
     terminated, stopped, history = Event(), False, []
-    signal.signal(signal.SIGTERM, lambda *_: terminated.set())
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: terminated.set())
     batches = stream(dataset, recipe.batch, args.seed, step, world, args.accumulate)
     steps = zip(range(step + 1, args.steps + 1), batches)
     interval = 0.1 if sys.stderr.isatty() else 60  # seconds between lines in a scheduler's file
@@ -651,7 +656,8 @@ def main(argv, world):
             saving |= any_process(first and cheap)
         if saving or step % LOG_EVERY == 0:
             rate = recipe.batch * len(history) / (time.monotonic() - clock)
-            progress.set_postfix(log_means(log, folder, history, norm.item(), rate))
+            line = log_means(log, folder, history, norm.item(), rate)
+            progress.set_postfix(line, refresh=sys.stderr.isatty())
             history.clear()
             clock = time.monotonic()
             if saving and first:
@@ -663,7 +669,7 @@ def main(argv, world):
                 log_scores(log, args, model, scorer, world)
             clock = time.monotonic()
     if stopped and first:
-        print(f"stopped by SIGTERM after step {step}, which is saved: the same command continues")
+        print(f"stopped by a signal after step {step}, which is saved: the same command continues")
     elif first:
         report(model, dataset, folder, step)
 

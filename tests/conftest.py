@@ -24,10 +24,11 @@ settings.load_profile("default")
 
 @pytest.fixture(autouse=True)
 def sigterm():
-    """Undo the handler of SIGTERM that training sets."""
-    before = signal.getsignal(signal.SIGTERM)
+    """Undo the handlers that training sets."""
+    before = [(number, signal.getsignal(number)) for number in (signal.SIGTERM, signal.SIGINT)]
     yield
-    signal.signal(signal.SIGTERM, before)
+    for number, handler in before:
+        signal.signal(number, handler)
 
 
 def paint(folder, classes, each, side=None):

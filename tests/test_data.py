@@ -244,7 +244,7 @@ def test_a_folder_of_images_becomes_shards(pictures, shards):
         "counts": [8, 9, 8],
         "left_out": LEFT_OUT,
     }
-    assert "25 images of 3 classes as pixels in 7 shards; 3 files left out" in printed
+    assert "25 images of 3 classes as pixels of 16x16 in 7 shards; 3 files left out" in printed
     for name in LEFT_OUT:
         assert f"left out: {pictures / name} is not a readable image (" in printed
     dataset = data.load_data(out)

@@ -82,7 +82,7 @@ def train_and_kill(words, folder):
 def test_from_a_folder_of_jpegs_to_images(pictures, vae, tmp_path, capsys, kind, side, channels):
     flags = {"pixels": [], "latents": ["--vae", vae]}[kind]
     printed = call(capsys, data, pictures, tmp_path / "data", "--resolution", 32, *flags)
-    assert f"24 images of 3 classes as {kind} in 1 shards; 0 files left out" in printed
+    assert f"24 images of 3 classes as {kind} of 32x32 in 1 shards; 0 files left out" in printed
 
     folder = tmp_path / "run"
     words = ["--data", tmp_path / "data", "--out", folder, "--batch", 8, "--save", 5]
@@ -92,7 +92,7 @@ def test_from_a_folder_of_jpegs_to_images(pictures, vae, tmp_path, capsys, kind,
     steps = [entry["step"] for entry in losses(folder)]
     assert steps == list(range(5, train.newest(folder) + 1, 5))
     assert losses(folder)[-1]["raw_equal"] < losses(folder)[0]["raw_equal"]
-    assert Image.open(folder / f"grid-{steps[-1]:08}.png").size == (10 * 36 + 4, 10 * 36 + 4)
+    assert Image.open(folder / f"grid-{steps[-1]:08}.png").size == (10 * 36 + 4, 3 * 36 + 4)
 
     with safe_open(folder / f"ema-{steps[-1]:08}.safetensors", "pt") as file:
         about = file.metadata()

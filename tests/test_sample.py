@@ -393,6 +393,16 @@ def test_a_process_without_a_share_draws_nothing(checkpoint):
     assert [share["count"] for share in shares] == [1, 1, 0, 0]
 
 
+def test_without_classes_ten_are_drawn_in_turn(checkpoint, monkeypatch, tmp_path):
+    seen = []
+    monkeypatch.setattr(sample, "parse_classes", lambda text, count: [0, 1, 2])
+    monkeypatch.setattr(
+        sample, "generate", lambda params, y, shape, **_: seen.append(y) or torch.zeros(10, *shape)
+    )
+    sample.main([str(checkpoint[0]), "--out", str(tmp_path / "x.png")], data.World())
+    assert seen == [[0, 1, 2, 0, 1, 2, 0, 1, 2, 0]]
+
+
 def test_only_the_first_process_writes_the_picture(checkpoint, tmp_path, capsys):
     sample.main([str(checkpoint[0]), "--out", str(tmp_path / "x.png")], data.World(1, 2))
     assert not (tmp_path / "x.png").exists() and not capsys.readouterr().out

@@ -148,10 +148,27 @@ def interrupt(process, folder):
 def test_sigterm_saves_and_ends_and_the_run_goes_on(undisturbed, tmp_path):
     folder = tmp_path / "run"
     printed, step = interrupt(fork(*command(folder, "--save", "7")), folder)
-    assert 7 <= step < 60 and f"stopped by SIGTERM after step {step}, which is saved" in printed
+    assert 7 <= step < 60 and f"stopped by a signal after step {step}, which is saved" in printed
     assert [entry["step"] for entry in losses(folder)] == sorted({*range(7, step + 1, 7), step})
     finish(fork(*command(folder, "--save", "7")))
     assert_same_bits(final(folder), final(undisturbed[0]))
+
+
+@slow
+def test_ctrl_c_saves_too_and_elsewhere_ends_without_a_traceback(tmp_path):
+    process, folder = start(*command(tmp_path / "run", "--save", "7", steps=5000)), tmp_path / "run"
+    while train.newest(folder) == 0:
+        time.sleep(0.001)
+    process.send_signal(signal.SIGINT)
+    assert "stopped by a signal after step" in finish(process)[0] and train.newest(folder) >= 7
+    words = ["sample.py", folder, "--images", tmp_path / "x.npz", "--count", 10**6]
+    process = start(*words)
+    while not list(tmp_path.glob("*.npy")):
+        time.sleep(0.001)
+    process.send_signal(signal.SIGINT)
+    printed, errors = process.communicate(timeout=60)
+    assert process.returncode == 130 and not printed and "Traceback" not in errors
+    assert not list(tmp_path.glob("*.np?"))
 
 
 @slow
@@ -165,7 +182,7 @@ def test_sigterm_to_the_launcher_saves(tmp_path):
     process.terminate()
     printed, _ = process.communicate(timeout=120)
     step = train.newest(folder)
-    assert 7 <= step < 60 and f"stopped by SIGTERM after step {step}" in printed
+    assert 7 <= step < 60 and f"stopped by a signal after step {step}" in printed
 
 
 @slow
@@ -174,7 +191,7 @@ def test_sigterm_to_one_process_ends_all_after_the_same_step_and_one_process_goe
 ):
     folder = tmp_path / "run"
     printed, step = interrupt(start(*LAUNCH, "2", *command(folder, "--save", "7")), folder)
-    assert 7 <= step < 60 and printed.count(f"stopped by SIGTERM after step {step}") == 1
+    assert 7 <= step < 60 and printed.count(f"stopped by a signal after step {step}") == 1
     finish(fork(*command(folder)))
     assert losses(folder)[-1] == pytest.approx(losses(undisturbed[0])[-1], rel=1e-2)
 
@@ -488,7 +505,7 @@ def test_a_run_stopped_at_its_last_step_gets_its_picture(monkeypatch, tmp_path, 
     monkeypatch.setattr(train, "any_process", lambda flag: True)
     words = ["--batch", "8", "--steps", "1", "--out", str(tmp_path)]
     train.main(words, data.World())
-    assert "stopped by SIGTERM after step 1" in capsys.readouterr().out
+    assert "stopped by a signal after step 1" in capsys.readouterr().out
     assert not list(tmp_path.glob("grid-*"))
     train.main(words, data.World())
     assert f"{tmp_path / 'grid-00000001.png'} " in capsys.readouterr().out
@@ -549,7 +566,7 @@ def test_a_run_says_how_long_it_will_be(tmp_path, capsys):
         for flags in ([], ["--guidance", "1", "0"]):
             with pytest.raises(ValueError):
                 train.main(["--out", str(tmp_path), *flags], data.World())
-    plan = "1,797 images of 10 classes: 3,000 steps of 64 are 107 epochs; "
+    plan = "T/2 on 1,797 images of 10 classes: 3,000 steps of 64 are 107 epochs; "
     assert capsys.readouterr().out.splitlines() == [
         plan + "guidance scale 1.43",
         plan + "guidance scale 1",

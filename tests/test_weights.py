@@ -186,6 +186,19 @@ def test_a_velocity_is_sampled_by_eulers_method(tmp_path):
     assert (x - z).abs().max() < 1e-5
 
 
+def test_a_velocity_in_one_step_gets_a_hint(tmp_path, capsys):
+    g = torch.Generator().manual_seed(0)
+    w = model.init((64, 1, 2), channels=3, classes=3, generator=g)
+    velocity = {name: p for name, p in w.items() if name[0] != "h"} | PROJECTORS
+    positions = {"pos_embed": dit_positions(64, 4)}
+    for content, steps, hint in ((velocity, 1, True), (velocity, 50, False), (w, 1, False)):
+        path = save(content | positions, tmp_path / "x.pt")
+        words = ["--out", str(tmp_path / "x.png"), "--steps", str(steps)]
+        sample.main([str(path), *words], data.World())
+        told = f"{path} predicts a velocity: give --steps 50 or more" in capsys.readouterr().err
+        assert told == hint
+
+
 def test_what_a_file_without_metadata_makes(tmp_path):
     """ImageNet's latents are 32 wide; positions tell any other size; or else it is an error."""
     g = torch.Generator().manual_seed(0)
@@ -199,7 +212,7 @@ def test_what_a_file_without_metadata_makes(tmp_path):
         found = sample.load(save(w, tmp_path / "x.pth"))
         assert (found.kind, found.shape) == want
     w = model.init((64, 1, 4), channels=4, classes=10, generator=g)
-    with pytest.raises(ValueError, match="x.pth: metadata has kind None, resolution None: give we"):
+    with pytest.raises(ValueError, match="kind None, resolution None, and there is no pos_embed"):
         sample.load(save(w, tmp_path / "x.pth"))
 
 
@@ -214,7 +227,12 @@ def changed(**changes):
         (SIT, [], "x.pt has no embedding of t - r, so it is no MeanFlow: give --convention repa"),
         (SIT, [], "DiT's own weights predict noise on another path and cannot be used"),
         (VELOCITY, [], "--convention sit if it predicts x - e, t = 1 is data (as SiT)"),
-        (MEANFLOW, ["--convention", "sit"], "x.pt is a MeanFlow, which has one convention: leave"),
+        (MEANFLOW, ["--convention", "sit"], "x.pt is a MeanFlow, whose convention is known: leave"),
+        (
+            VELOCITY | PROJECTORS,
+            ["--convention", "sit"],
+            "x.pt is REPA's, whose convention is known: leave out --convention",
+        ),
         (
             changed(w_embedder__mlp__0__weight=torch.ones(3, 3)),
             [],
