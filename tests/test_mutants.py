@@ -392,7 +392,7 @@ MUTANTS = {
          test_weights.test_reversing_time_is_exact),
         ("the time's sign alone", "a * cos + b * sin, a * sin - b * cos", "a, -b",
          test_weights.test_reversing_time_is_exact),
-        ("the decoder's blocks from 0", "int(m[1]) + encoder_depth", "int(m[1])",
+        ("the decoder's blocks from 0", "int(match[1]) + encoder_depth", "int(match[1])",
          test_weights.test_repas_early_files_number_the_decoders_blocks_anew),
         ("weights for averages", '("ema", "model", "state_dict")', '("model", "ema", "state_dict")',
          test_weights.test_averaged_weights_are_preferred_in_any_nesting),

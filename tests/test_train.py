@@ -815,13 +815,11 @@ def test_a_folder_with_a_foreign_log_is_left_as_it_is(monkeypatch, tmp_path):
 
 
 @slow
-def test_without_the_last_save_the_one_before_is_continued(monkeypatch, undisturbed, tmp_path):
+def test_without_the_last_save_the_one_before_is_continued(undisturbed, tmp_path):
     folder = shutil.copytree(undisturbed[0], tmp_path / "run")
     (folder / "state-00000060.safetensors").unlink()
-    message = fails(monkeypatch, *command(folder))
-    assert (
-        "ema-00000060.safetensors is later than the save to continue from, step 50: mo" in message
-    )
+    message, _ = fork(*command(folder)).communicate()
+    assert "ema-00000060.safetensors is later than the save to continue from, step 50" in message
     (folder / "ema-00000060.safetensors").unlink()
     finish(fork(*command(folder)))
     assert_same_bits(final(folder), final(undisturbed[0]))
