@@ -637,6 +637,8 @@ def pick_device(local_rank):
     if local_rank >= gpus:
         raise ValueError(f"process {local_rank} has no GPU: give --nproc-per-node {gpus} or fewer")
     torch.cuda.set_device(local_rank)
+    # The default on H100 since torch 2.11, with gradients that were NaN (pytorch issue 196678).
+    torch.backends.cuda.enable_cudnn_sdp(False)
     return torch.device("cuda", local_rank)
 
 

@@ -44,6 +44,7 @@ from model import SIZES, block, block_jvp, config, dit, dit_jvp, init
 
 SHARE = 0.75  # of the rows have r = t
 LOG_EVERY = 50  # steps
+ASK_EVERY = 10  # steps
 KEEP = 2  # saves, in case the last is damaged
 LASTING = 50_000  # steps between averaged weights that are kept for good
 SAVE_EVERY, SAVE_SHARE = 500, 0.02  # steps, and of the time, unless --save is given
@@ -123,8 +124,8 @@ def parallel(objective, world):
     torch._dynamo.config.optimize_ddp = False
     group = None
     if world.device.type == "cuda":  # others wait while the first saves
-        group = dist.new_group(backend="nccl", timeout=timedelta(hours=2))
-    return DistributedDataParallel(objective, process_group=group)
+        group = dist.new_group(backend="nccl", timeout=timedelta(minutes=30))
+    return DistributedDataParallel(objective, process_group=group, gradient_as_bucket_view=True)
 
 
 def stream(dataset, batch, seed, start, world, parts=1):
@@ -649,7 +650,8 @@ def main(argv, world):
         history.append((step, add_gradients(objective, parts)))
         norm = update(state, recipe, step)
 
-        stopped = any_process(terminated.is_set())
+        # Asking the other processes makes the host wait for them.
+        stopped = step % ASK_EVERY == 0 and any_process(terminated.is_set())
         saving = stopped or step % LASTING == 0 or step == args.steps
         if step % (args.save or SAVE_EVERY) == 0:
             cheap = args.save or in_saves <= SAVE_SHARE * (time.monotonic() - begun)

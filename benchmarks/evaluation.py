@@ -45,41 +45,44 @@ def rate(run, count, seconds, device):
     return statistics.median(rates)
 
 
+def to(tensors, device, dtype=None, layout=torch.channels_last):
+    layouts = {4: layout}
+    return {
+        name: p.to(device, dtype, memory_format=layouts.get(p.ndim, torch.contiguous_format))
+        for name, p in tensors.items()
+    }
+
+
 def parts(device, batch):
-    """{name: a function that makes `batch` images}."""
+    """Yield (name, a function that returns another, which makes `batch` images)."""
 
     def images(channels, side):
         return torch.randn(batch, channels, side, side, device=device).clamp(-1, 1)
 
-    params = {
-        name: p.to(device)
-        for name, p in model.init("XL/2", generator=torch.Generator().manual_seed(0)).items()
-    }
-    yield (
-        "XL/2, one step, float32",
-        partial(sample.generate, params, torch.arange(batch), (4, 32, 32)),
-    )
-    for dtype in (torch.float32, torch.bfloat16):
-        vae = {
-            name: p.to(
-                device,
-                dtype,
-                memory_format=torch.channels_last if p.ndim == 4 else torch.contiguous_format,
-            )
-            for name, p in random_tensors(data.vae_shapes()).items()
-        }
-        yield f"VAE, encoding, {dtype}", partial(data.encode, vae, images(3, 256))
-        yield f"VAE, decoding, {dtype}", partial(data.decode, vae, images(4, 32))
-    folded = {
-        name: p.to(device) for name, p in fid.fold(random_tensors(fid.inception_shapes())).items()
-    }
-    pixels = ((images(3, 256) + 1) * 127.5).byte()
-    for way, network in (("", fid.network), (", compiled", torch.compile(fid.network))):
-        if not way or device.type == "cuda":
-            yield (
-                f"Inception, float32{way}",
-                partial(fid.inception, folded, pixels, network=network),
-            )
+    def xl():
+        params = to(model.init("XL/2", generator=torch.Generator().manual_seed(0)), device)
+        return partial(sample.generate, params, torch.arange(batch), (4, 32, 32))
+
+    def vae(half, dtype, layout, channels, side):
+        vae = to(random_tensors(data.vae_shapes()), device, dtype, layout)
+        return partial(half, vae, images(channels, side))
+
+    def inception(network):
+        params = fid.fold(to(random_tensors(fid.inception_shapes()), device))
+        pixels = ((images(3, 256) + 1) * 127.5).byte()
+        return partial(fid.inception, params, pixels, network=network)
+
+    yield "XL/2, one step, float32", xl
+    layouts = {"": torch.channels_last}
+    if device.type == "cuda":
+        layouts[", weights not channels last"] = torch.contiguous_format
+    for way, layout in layouts.items():
+        for dtype in (torch.float32, torch.bfloat16):
+            yield f"VAE, encoding, {dtype}{way}", partial(vae, data.encode, dtype, layout, 3, 256)
+            yield f"VAE, decoding, {dtype}{way}", partial(vae, data.decode, dtype, layout, 4, 32)
+    yield "Inception, float32", partial(inception, fid.network)
+    if device.type == "cuda":
+        yield "Inception, float32, compiled", partial(inception, torch.compile(fid.network))
 
 
 def distance(count=3000):
@@ -121,8 +124,12 @@ def main(argv=None):
     print(
         f"{name}, torch {torch.__version__}, batches of {batch}\n\n| part | images/s |\n|---|---|"
     )
-    for part, run in parts(device, batch):
-        print(f"| {part} | {rate(run, batch, args.seconds, device):.2f} |", flush=True)
+    for part, make in parts(device, batch):
+        try:
+            figure = f"{rate(make(), batch, args.seconds, device):.2f}"
+        except torch.OutOfMemoryError:  # the next part may do better
+            figure = "out of memory"
+        print(f"| {part} | {figure} |", flush=True)
     for count in (3000, 1500):
         ours, theirs, apart = distance(count)
         print(

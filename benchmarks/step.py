@@ -1,18 +1,21 @@
 """What a training step costs: flow matching, plain formulations of MeanFlow, and ours.
 
-    python benchmarks/step.py --size S/2 --batch 8              on the CPU
-    python benchmarks/step.py --size XL/2 --batch 256           on a GPU: bfloat16 autocast
+    python benchmarks/step.py --size S/2 --batch 8                        on the CPU
+    python benchmarks/step.py --size XL/2 --batch 256 --only ours      on a GPU, in bfloat16
 
 A step is loss and backward. Each formulation runs eager and compiled (the plain ones as one graph,
 ours one block that serves for all, as in train.py), without guidance and with (kappa = 0.5: null
 and class velocity are both needed). GFLOP per image are counted by torch's flop counter; a unit is
-one forward of one image. Times are medians of interleaved steps, with quartiles; memory is the peak
-above what parameters and data take (on a CPU, under Linux only).
+one forward of one image. Times are medians, with quartiles, of steps that take turns with steps of
+flow matching; memory is the peak above what parameters and data take (on a CPU, under Linux only).
+A formulation that lacks memory, or takes longer than --limit to compile, has a row that says so.
 """
 
 import argparse
 import ctypes
+import gc
 import platform
+import signal
 import statistics
 import sys
 import time
@@ -62,9 +65,14 @@ def ours(params, x, y, draws, *, block=model.block, block_jvp=model.block_jvp, *
     return meanflow.fast_loss(net, x, y, draws, dual=dual, equal=equal, **options)[0]
 
 
-FORMULATIONS = [flow_matching, jvp_with_graph, jvp_and_forward, ours]
-NAMES = ["flow matching", "one jvp with graph (authors)", "jvp without graph, then forward", "ours"]
-
+FORMULATIONS = {"flow": flow_matching, "authors": jvp_with_graph, "plain": jvp_and_forward}
+FORMULATIONS["ours"] = ours
+NAMES = {
+    "flow": "flow matching",
+    "authors": "one jvp with graph (authors)",
+    "plain": "jvp without graph, then forward",
+    "ours": "ours",
+}
 
 COLUMNS = (
     "formulation",
@@ -120,7 +128,7 @@ def stepper(formulation, guided, compiled, params, x, y, draws):
     def mean(params, x, y, draws):
         return formulation(params, x, y, draws, **options(guided)).mean()
 
-    if compiled and formulation in FORMULATIONS:
+    if compiled and formulation in FORMULATIONS.values():
         mean = compile(mean)
 
     def step():
@@ -171,67 +179,98 @@ def matmul_ceiling(device, seconds=1.0):
     return best
 
 
+class limit:
+    """Raise TimeoutError in the main thread after so many seconds."""
+
+    def __init__(self, seconds):
+        self.seconds = seconds
+
+    def expire(self, *_):
+        raise TimeoutError(f"no first step in {self.seconds} s")
+
+    def __enter__(self):
+        signal.signal(signal.SIGALRM, self.expire)
+        signal.setitimer(signal.ITIMER_REAL, self.seconds)
+
+    def __exit__(self, *_):
+        signal.setitimer(signal.ITIMER_REAL, 0)
+
+
+def measure(make, base, rounds, seconds):
+    """Return (step, time of its first, times, times of `base` in turn with it, or None).
+
+    make() returns the step, a function without arguments; its first call compiles.
+    """
+    step, start = make(), time.perf_counter()
+    with limit(seconds):
+        step()
+    first, times, of_base = time.perf_counter() - start, [], [] if base else None
+    for _ in range(rounds):
+        for run, taken in ((base, of_base), (step, times)):
+            start = time.perf_counter()
+            if run:
+                run()
+                taken.append(time.perf_counter() - start)
+    return step, first, times, of_base
+
+
+def reason(error):
+    """Return what a row says of a formulation that failed."""
+    if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
+        return "out of memory"
+    return " ".join(f"{type(error).__name__}: {error}".split())[:80]
+
+
 def main(argv=None):
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    layout = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=layout)
     parser.add_argument("--size", default="S/2", choices=SIZES)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=7, help="counted steps of each, at least 2")
+    parser.add_argument("--only", nargs="+", default=NAMES, choices=NAMES)
     parser.add_argument("--eager", action="store_true", help="leave out the compiled ones")
+    parser.add_argument("--limit", type=float, default=600, help="seconds to compile one, at most")
     args = parser.parse_args(argv)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.backends.cuda.matmul.allow_tf32 = True
     inputs, ceiling = problem(args.size, args.batch, device), matmul_ceiling(device)
-
-    variants = [
-        (guided, name, f, compiled)
-        for guided in (False, True)
-        for name, f in zip(NAMES, FORMULATIONS)
-        for compiled in ((False,) if args.eager else (False, True))
-        if not (guided and f is flow_matching)
-    ]
-    steps, first = {}, {}
-    for variant in variants:
-        guided, name, f, compiled = variant
-        steps[variant], start = stepper(f, guided, compiled, *inputs), time.perf_counter()
-        steps[variant]()
-        first[variant] = time.perf_counter() - start
-        how = f"{'guided, ' * guided}{'compiled' if compiled else 'eager'}"
-        print(f"{name}, {how}: first step {first[variant]:.1f} s", file=sys.stderr)
-    times = {variant: [] for variant in variants}
-    for _ in range(args.rounds):
-        for variant in variants:
-            start = time.perf_counter()
-            steps[variant]()
-            times[variant].append(time.perf_counter() - start)
 
     machine = f"{torch.get_num_threads()} threads of {processor()}"
     if device == "cuda":
         machine = torch.cuda.get_device_name()
     print(f"{args.size}, batch {args.batch}, 4x32x32 latents, {machine}, torch {torch.__version__}")
     print(f"matmul ceiling {ceiling:.2f} TFLOP/s\n\n| {' | '.join(COLUMNS)} |")
-    print("|---" * len(COLUMNS) + "|")
+    print("|---" * len(COLUMNS) + "|", flush=True)
     unit = gigaflop(flow_matching, args.size, False) / 3
-    for variant in variants:
-        guided, name, f, compiled = variant
-        low, median, high = statistics.quantiles(times[variant], n=4)
-        base = statistics.median(times[False, NAMES[0], flow_matching, compiled])
-        count = gigaflop(f, args.size, guided)
-        cells = (
-            name,
-            "yes" if guided else "no",
-            "compiled" if compiled else "eager",
-            f"{count:.1f}",
-            f"{count / unit:.2f}",
-            f"{first[variant]:.1f}",
-            f"{1e3 * median:.1f} ({1e3 * low:.1f}-{1e3 * high:.1f})",
-            f"{args.batch / median:.1f}",
-            f"{median / base:.2f}",
-            f"{count * args.batch / median / 1e3 / ceiling:.0%}",
-            f"{peak_memory(steps[variant], device):.0f}",
-        )
-        print(f"| {' | '.join(cells)} |", flush=True)
+    for compiled in (False,) if args.eager else (False, True):
+        base = None
+        for guided, key in ((guided, key) for guided in (False, True) for key in NAMES):
+            if key not in (*args.only, "flow") or guided and key == "flow":
+                continue
+            f, how = FORMULATIONS[key], "compiled" if compiled else "eager"
+            count = gigaflop(f, args.size, guided)
+            cells = [NAMES[key], "yes" if guided else "no", how]
+            cells += [f"{count:.1f}", f"{count / unit:.2f}"]
+            try:
+                make = partial(stepper, f, guided, compiled, *inputs)
+                step, first, times, of_base = measure(make, base, args.rounds, args.limit)
+                low, median, high = statistics.quantiles(times, n=4)
+                ratio = median / statistics.median(of_base or times)
+                cells += [
+                    f"{first:.1f}",
+                    f"{1e3 * median:.1f} ({1e3 * low:.1f}-{1e3 * high:.1f})",
+                    f"{args.batch / median:.1f}",
+                    f"{ratio:.2f}" if base or key == "flow" else "",
+                    f"{count * args.batch / median / 1e3 / ceiling:.0%}",
+                    f"{peak_memory(step, device):.0f}",
+                ]
+                base = step if key == "flow" else base
+            except Exception as error:  # the next formulation may do better
+                cells += [reason(error)] + [""] * (len(COLUMNS) - len(cells) - 1)
+            print(f"| {' | '.join(cells)} |", flush=True)
+            step = None
+            gc.collect()
+            torch.cuda.empty_cache()
 
 
 def processor():

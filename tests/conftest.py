@@ -1,3 +1,4 @@
+import os
 import signal
 
 import numpy as np
@@ -5,6 +6,23 @@ import pytest
 import torch
 from hypothesis import Phase, settings
 from PIL import Image
+
+# test_gpu.py needs a GPU; GPU=cpu runs what a CPU can run of it.
+HAS_GPU = torch.cuda.is_available() or os.environ.get("GPU")
+collect_ignore = [] if HAS_GPU else ["test_gpu.py"]
+
+
+def pytest_report_header():
+    return [] if HAS_GPU else "no GPU: tests/test_gpu.py is left out"
+
+
+@pytest.fixture(autouse=True)
+def no_gpu(monkeypatch, request):
+    """Hide the GPU from all other tests."""
+    if request.module.__name__ != "test_gpu":
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+
 
 # Most tensors here are small: threads would spend more time waiting than computing.
 torch.set_num_threads(1)

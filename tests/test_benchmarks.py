@@ -1,5 +1,6 @@
-"""benchmarks/loader.py and memory.py: they run, and count what they say."""
+"""benchmarks/loader.py, memory.py and evaluation.py: they run, and count what they say."""
 
+import evaluation
 import loader
 import memory
 import pytest
@@ -38,3 +39,21 @@ def test_memory_is_what_real_tensors_keep():
         objective(x, y, draws, 6)
     assert few == pytest.approx(sum(s.nbytes() for s in storages.values()), rel=0.02)
     assert many == pytest.approx(2 * few, rel=0.05)
+
+
+def test_an_evaluation_goes_on_where_memory_ends(monkeypatch, capsys):
+    def greedy():
+        raise torch.OutOfMemoryError("no")
+
+    def few(device, batch):
+        yield "one", lambda: lambda: None
+        yield "two", lambda: greedy
+        yield "three", lambda: lambda: None
+
+    names = [name for name, _ in evaluation.parts(torch.device("cpu"), 4)]
+    assert len(names) == 6 and "XL/2, one step, float32" in names
+    monkeypatch.setattr(evaluation, "parts", few)
+    monkeypatch.setattr(evaluation, "distance", lambda count: (1.0, 2.0, 1e-9))
+    evaluation.main(["--seconds", "0", "--threads", "1"])
+    rows = [row for row in capsys.readouterr().out.splitlines() if row.startswith("| ")][1:]
+    assert rows[1] == "| two | out of memory |" and float(rows[2].split(" | ")[1].strip(" |")) > 0

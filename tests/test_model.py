@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_meanflow import MODES, draws
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
 
 import data
 import meanflow
@@ -237,6 +238,53 @@ def test_tangents_in_bfloat16():
         errors.append([((du - exact).norm() / exact.norm()).item() for du in (ours, theirs)])
     ours, theirs = torch.tensor(errors).mean(0)
     assert ours < 0.02 and ours <= 1.05 * theirs, (ours, theirs)
+
+
+class Dtypes(TorchFunctionMode):
+    """Records the dtypes of what functions are given first and return."""
+
+    def __init__(self):
+        self.seen = {}
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        first = out[0] if isinstance(out, tuple) else out
+        if torch.is_tensor(first):
+            pair = args[0].dtype if args and torch.is_tensor(args[0]) else None, first.dtype
+            self.seen.setdefault(getattr(function, "__name__", ""), []).append(pair)
+        return out
+
+
+def test_what_is_computed_in_which_precision():
+    """Under autocast GEMMs and attention are bfloat16; times, norms, softmax, streams float32."""
+    params = small(size=(128, 2, 2), dtype=torch.float32)
+    z, t, r, y = inputs(4, dtype=torch.float32)
+    streams = []
+
+    def block(w, x, c):
+        streams.append(x.dtype)
+        return model.block(w, x, c)
+
+    def block_jvp(w, x, dx, c, dc):
+        streams.extend((x.dtype, dx.dtype))
+        return model.block_jvp(w, x, dx, c, dc)
+
+    # linear maps of two time MLPs, and of the patches, two blocks and the output
+    for run, times, others in (
+        (lambda: model.dit(params, z, t, r, y, block=block), 4, 13),
+        (lambda: model.dit_jvp(params, z, t, r, y, z[2:], block_jvp=block_jvp), 8, 26),
+    ):
+        with torch.autocast("cpu", torch.bfloat16), Dtypes() as dtypes:
+            run()
+        half, single = torch.bfloat16, torch.float32
+        results = {name: {out for _, out in pairs} for name, pairs in dtypes.seen.items()}
+        norms = results.get("layer_norm", set()) | results.get("native_layer_norm", set())
+        assert norms == {single} and results["scaled_dot_product_attention"] == {half}
+        assert results.get("softmax", {single}) == {single}
+        linear = [out for _, out in dtypes.seen["linear"]]
+        assert (linear.count(single), linear.count(half)) == (times, others)
+        assert dtypes.seen["cos"] == [(single, single)] * len(dtypes.seen["cos"])
+    assert set(streams) == {torch.float32}
 
 
 def test_gradients_in_bfloat16():

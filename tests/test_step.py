@@ -1,7 +1,10 @@
 """benchmarks/step.py: the costs in its table."""
 
+import time
+
 import pytest
 import step
+import torch
 
 pytestmark = pytest.mark.slow
 
@@ -18,10 +21,49 @@ def test_the_step_costs_what_is_claimed(size):
     assert step.gigaflop(step.jvp_with_graph, size, True) == pytest.approx(7 * unit, rel=1e-3)
 
 
+def rows(capsys, *flags):
+    step.main(["--size", "T/2", "--batch", "4", "--rounds", "2", *flags])
+    lines = capsys.readouterr().out.splitlines()
+    return [line.strip("| ").split(" | ") for line in lines if line.startswith("| ")][1:]
+
+
 def test_all_formulations_are_timed(capsys):
-    step.main(["--size", "T/2", "--batch", "4", "--rounds", "2", "--eager"])
-    rows = [
-        row.split(" | ") for row in capsys.readouterr().out.splitlines() if row.startswith("| ")
-    ][1:]
-    assert len(rows) == 7 and {row[0].removeprefix("| ") for row in rows} == set(step.NAMES)
-    assert all(float(row[4]) >= 3 and float(row[7]) > 0 for row in rows)
+    found = rows(capsys, "--eager")
+    assert [row[0] for row in found] == [*step.NAMES.values()] + [*step.NAMES.values()][1:]
+    assert all(float(row[4]) >= 3 and float(row[7]) > 0 for row in found)
+    assert float(found[0][8]) == 1 < float(found[1][8])
+
+
+def test_the_table_goes_on_after_a_formulation_that_fails(monkeypatch, capsys):
+    """One lacks memory, one compiles for ever; the others have their numbers."""
+
+    def greedy(*_, **__):
+        raise torch.OutOfMemoryError("no")
+
+    def slow(*_, **__):
+        time.sleep(100)
+
+    monkeypatch.setitem(step.FORMULATIONS, "authors", greedy)
+    monkeypatch.setitem(step.FORMULATIONS, "plain", slow)
+    monkeypatch.setattr(step, "gigaflop", lambda *_: 1.0)
+    found = rows(capsys, "--eager", "--limit", "0.5")
+    assert [row[0] for row in found] == [*step.NAMES.values()] + [*step.NAMES.values()][1:]
+    for row in found:
+        if "authors" in row[0]:
+            assert row[5] == "out of memory"
+        elif "then forward" in row[0]:
+            assert row[5] == "TimeoutError: no first step in 0.5 s"
+        else:
+            assert float(row[7]) > 0
+    found = rows(capsys, "--eager", "--only", "ours")
+    assert [row[0] for row in found] == ["flow matching", "ours", "ours"]
+
+
+def test_without_flow_matching_there_is_no_ratio(monkeypatch, capsys):
+    def greedy(*_, **__):
+        raise torch.OutOfMemoryError("no")
+
+    monkeypatch.setitem(step.FORMULATIONS, "flow", greedy)
+    monkeypatch.setattr(step, "gigaflop", lambda *_: 1.0)
+    found = rows(capsys, "--eager", "--only", "ours")
+    assert found[0][5] == "out of memory" and found[1][8] == "" and float(found[1][7]) > 0

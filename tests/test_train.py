@@ -231,6 +231,36 @@ def test_processes_and_parts_train_the_same_run(undisturbed, shared, world, part
         assert entry == pytest.approx(alone, rel=1e-4)
 
 
+def agents(port, script, *words):
+    """Start two torchrun agents, each as on a node of its own, with one process."""
+    rendezvous = ["--rdzv-backend", "c10d", "--rdzv-id", "run", "--rdzv-endpoint"]
+    nodes = ["-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1", *rendezvous]
+    nodes += [f"localhost:{port}", "--rdzv-conf"]
+    script = "tests/train_without_report.py"
+    return [start(*nodes, f"is_host={host}", script, *words) for host in (1, 0)]
+
+
+@slow
+def test_two_nodes_train_the_same_run_and_go_on_when_one_was_killed(undisturbed, tmp_path):
+    """Without its peer the other node ends as well; the same commands continue from the save."""
+    folder = tmp_path / "run"
+    first, second = agents(29561, *command(folder))
+    while train.newest(folder) == 0:
+        assert first.poll() is None and second.poll() is None, "it ended before it was killed"
+        time.sleep(0.001)
+    workers = Path(f"/proc/{second.pid}/task/{second.pid}/children").read_text().split()
+    second.kill()
+    for worker in workers:
+        os.kill(int(worker), signal.SIGKILL)
+    second.communicate()
+    assert first.communicate(timeout=120) and first.returncode != 0
+    assert 0 < train.newest(folder) < 60
+    finish(*agents(29562, *command(folder)))
+    for entry, alone in zip(losses(folder)[:2], losses(undisturbed[0])[:2], strict=True):
+        assert entry == pytest.approx(alone, rel=1e-4)
+    assert [entry["step"] for entry in losses(folder)] == list(range(10, 61, 10))
+
+
 GRADIENTS = """
 import sys, torch
 sys.path.insert(0, {root!r})
@@ -503,12 +533,12 @@ def test_a_run_that_another_process_has_moved_on_is_not_cut_back(monkeypatch, tm
 
 def test_a_run_stopped_at_its_last_step_gets_its_picture(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(train, "any_process", lambda flag: True)
-    words = ["--batch", "8", "--steps", "1", "--out", str(tmp_path)]
+    words = ["--batch", "8", "--steps", "10", "--out", str(tmp_path)]
     train.main(words, data.World())
-    assert "stopped by a signal after step 1" in capsys.readouterr().out
+    assert "stopped by a signal after step 10" in capsys.readouterr().out
     assert not list(tmp_path.glob("grid-*"))
     train.main(words, data.World())
-    assert f"{tmp_path / 'grid-00000001.png'} " in capsys.readouterr().out
+    assert f"{tmp_path / 'grid-00000010.png'} " in capsys.readouterr().out
     assert len(list(tmp_path.glob("grid-*"))) == 1
 
 

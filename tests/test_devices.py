@@ -1,0 +1,90 @@
+"""Nothing stays behind on the CPU: what is computed elsewhere is wholly computed there.
+
+The device "meta" holds no values and mixes with no other, so that a tensor that is made on the CPU
+by mistake raises an error; a GPU would raise the same one.
+"""
+
+from contextlib import nullcontext
+from functools import partial
+
+import pytest
+import torch
+
+import data
+import fid
+import meanflow
+import model
+import sample
+import train
+
+META = torch.device("meta")
+
+
+@pytest.fixture(autouse=True)
+def no_autocast(monkeypatch):
+    """Autocast does not know the device."""
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())
+
+
+def meta(shapes):
+    return {name: torch.empty(shape, device=META) for name, shape in shapes.items()}
+
+
+def dit(size=(128, 2, 2), channels=4, classes=10):
+    return meta(model.shapes(model.Config(*size, channels, classes)))
+
+
+def batch(rows=8, side=8):
+    x, t = torch.empty(rows, 4, side, side, device=META), torch.empty(rows, device=META)
+    y = torch.empty(rows, dtype=torch.int64, device=META)
+    return x, y, meanflow.Draws(x, t, t, torch.empty(rows, dtype=torch.bool, device=META))
+
+
+def test_the_losses():
+    x, y, draws = batch()
+    params = {name: torch.nn.Parameter(p) for name, p in dit().items()}
+    net, dual = partial(model.dit, params), partial(model.dit_jvp, params)
+    for options in (dict(omega=0.2, kappa=0.9, interval=(0, 0.5)), {}):
+        rows, raw = meanflow.loss(net, x, y, draws, null=10, **options)
+        assert rows.device == raw.device == META
+        for way in (dual, None):
+            rows, raw = meanflow.fast_loss(net, x, y, draws, null=10, dual=way, equal=6, **options)
+            rows.mean().backward()
+            assert rows.device == raw.device == META
+    assert all(p.grad.device == META for p in params.values())
+
+
+def test_a_training_step():
+    params = {name: torch.nn.Parameter(p) for name, p in dit().items()}
+    objective = train.Objective(params, train.RECIPES["XL/2"], False)
+    loss, rows = objective(*batch(), 6)
+    loss.backward()
+    assert rows.shape == (8, 4) and rows.device == META
+
+
+def test_sampling():
+    params = dit()
+    e = torch.empty(3, 4, 8, 8, device=META)
+    y = torch.empty(3, dtype=torch.int64, device=META)
+    for steps in (1, (1, 0.5, 0)):
+        assert meanflow.sample(partial(model.dit, params), e, y, steps).device == META
+    assert sample.generate(params, [1, 2, 3], (4, 8, 8), steps=2).device == META
+    x = sample.to_uint8(e, sample.ImageModel(params, "latents", (4, 8, 8), meta(data.vae_shapes())))
+    assert x.device == META and x.shape == (3, 3, 64, 64)
+
+
+def test_the_vae():
+    vae = meta(data.vae_shapes())
+    images = torch.empty(2, 3, 32, 32, device=META)
+    mean, deviation = data.encode(vae, images)
+    assert mean.device == deviation.device == data.decode(vae, mean).device == META
+
+
+def test_inception():
+    params = fid.fold(meta(fid.inception_shapes()))
+    images = torch.empty(2, 3, 40, 30, dtype=torch.uint8, device=META)
+    for form in (images, [images[0], images[1, :, :20]]):
+        features, logits = fid.inception(params, form)
+        assert features.device == logits.device == META
+    state = fid.accumulate(fid.accumulate(None, features), features)
+    assert state[1].device == state[2].device == META
