@@ -9,6 +9,7 @@ and class velocity are both needed). GFLOP per image are counted by torch's flop
 one forward of one image. Times are medians, with quartiles, of steps that take turns with steps of
 flow matching; memory is the peak above what parameters and data take (on a CPU, under Linux only).
 A formulation that lacks memory, or takes longer than --limit to compile, has a row that says so.
+--profile lists the kernels of a step of each by the time that they take.
 """
 
 import argparse
@@ -165,6 +166,15 @@ def peak_memory(step, device):
     return held("VmHWM") - before
 
 
+def kernels(step, device):
+    """Return a table of the kernels of one step, those that take longest first."""
+    activities = torch.profiler.supported_activities()
+    with torch.profiler.profile(activities=activities) as profile:
+        step()
+    order = f"self_{device}_time_total"
+    return "\n\n" + profile.key_averages().table(sort_by=order, row_limit=25)
+
+
 def matmul_ceiling(device, seconds=1.0):
     """Return the TFLOP/s of a large square matmul, bfloat16 on a GPU, float32 on a CPU."""
     n, dtype = (8192, torch.bfloat16) if device == "cuda" else (1024, torch.float32)
@@ -229,6 +239,7 @@ def main(argv=None):
     parser.add_argument("--rounds", type=int, default=7, help="counted steps of each, at least 2")
     parser.add_argument("--only", nargs="+", default=NAMES, choices=NAMES)
     parser.add_argument("--eager", action="store_true", help="leave out the compiled ones")
+    parser.add_argument("--profile", action="store_true", help="list the kernels of each")
     parser.add_argument("--limit", type=float, default=600, help="seconds to compile one, at most")
     args = parser.parse_args(argv)
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -265,9 +276,11 @@ def main(argv=None):
                     f"{peak_memory(step, device):.0f}",
                 ]
                 base = step if key == "flow" else base
+                profile = kernels(step, device) if args.profile else ""
             except Exception as error:  # the next formulation may do better
                 cells += [reason(error)] + [""] * (len(COLUMNS) - len(cells) - 1)
-            print(f"| {' | '.join(cells)} |", flush=True)
+                profile = ""
+            print(f"| {' | '.join(cells)} |{profile}", flush=True)
             step = None
             gc.collect()
             torch.cuda.empty_cache()
