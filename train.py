@@ -44,7 +44,7 @@ from model import SIZES, block, block_jvp, config, dit, dit_jvp, init
 
 SHARE = 0.75  # of the rows have r = t
 LOG_EVERY = 50  # steps
-ASK_EVERY = 10  # steps
+ASK_EVERY = 10  # steps between questions to the other processes, for which the host waits
 KEEP = 2  # saves, in case the last is damaged
 LASTING = 50_000  # steps between averaged weights that are kept for good
 SAVE_EVERY, SAVE_SHARE = 500, 0.02  # steps, and of the time, unless --save is given
@@ -628,6 +628,21 @@ def update(state, recipe, step):
     return norm
 
 
+def is_due(step, args, share, world):
+    """Return whether to save after this step, if saves took this share of the time so far."""
+    if step % LASTING == 0 or step == args.steps:
+        return True
+    if step % (args.save or SAVE_EVERY):
+        return False
+    return any_process(world.rank == 0 and (args.save or share <= SAVE_SHARE))
+
+
+def progress_bar(steps, start, total, world):
+    interval = 0.1 if sys.stderr.isatty() else 60  # seconds between lines in a scheduler's file
+    hidden = world.rank > 0
+    return tqdm(steps, initial=start, total=total, disable=hidden, mininterval=interval)
+
+
 def main(argv, world):
     args = parse_arguments(argv)
     dataset, folder, recipe = load_dataset(args, world), args.out, args.recipe
@@ -636,26 +651,20 @@ def main(argv, world):
     log_scores(log, args, model, scorer, world)
     objective = parallel(Objective(state.params, recipe, args.compile, args.precision), world)
 
-    terminated, stopped, history = Event(), False, []
+    terminated, stopped, history, in_saves = Event(), False, [], 0.0
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: terminated.set())
     batches = stream(dataset, recipe.batch, args.seed, step, world, args.accumulate)
     steps = zip(range(step + 1, args.steps + 1), batches)
-    interval = 0.1 if sys.stderr.isatty() else 60  # seconds between lines in a scheduler's file
-    options = dict(initial=step, total=args.steps, disable=not first, mininterval=interval)
-    progress = tqdm(steps, **options)
-    begun, in_saves = time.monotonic(), 0.0
-    clock = begun
+    progress = progress_bar(steps, step, args.steps, world)
+    begun = clock = time.monotonic()
     for step, parts in progress:
         history.append((step, add_gradients(objective, parts)))
         norm = update(state, recipe, step)
 
-        # Asking the other processes makes the host wait for them.
         stopped = step % ASK_EVERY == 0 and any_process(terminated.is_set())
-        saving = stopped or step % LASTING == 0 or step == args.steps
-        if step % (args.save or SAVE_EVERY) == 0:
-            cheap = args.save or in_saves <= SAVE_SHARE * (time.monotonic() - begun)
-            saving |= any_process(first and cheap)
+        share = in_saves / (time.monotonic() - begun)
+        saving = stopped or is_due(step, args, share, world)
         if saving or step % LOG_EVERY == 0:
             rate = recipe.batch * len(history) / (time.monotonic() - clock)
             line = log_means(log, folder, history, norm.item(), rate)
