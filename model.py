@@ -99,7 +99,7 @@ def init(size="B/2", *, channels=4, classes=1000, generator):
 
 
 def linear(params, name, x):
-    return F.linear(x, params[f"{name}.weight"], params[f"{name}.bias"])
+    return F.linear(x, params[f"{name}.weight"], params.get(f"{name}.bias"))
 
 
 def sinusoids(t):
@@ -159,15 +159,20 @@ def positions(width, rows, columns, like):
 
 
 def embed_patches(params, z):
-    """Embed the patches of z, (B, C, H, W), with their positions, as tokens (B, N, D).
+    """Embed the patches of z, (B, C, H, W), as tokens (B, N, D), without their positions.
 
     A convolution would do the same, but leave D outermost in memory, for which torch 2.13's
     compiler gets the gradient of a block wrong by 2 %, silently, on a CPU.
     """
     w, bias = params["x_embedder.proj.weight"], params["x_embedder.proj.bias"]
-    width, _, patch, _ = w.shape
-    x = F.linear(patchify(z, patch), w.flatten(1), bias)
-    return x + positions(width, z.shape[2] // patch, z.shape[3] // patch, z)
+    return F.linear(patchify(z, w.shape[-1]), w.flatten(1), bias)
+
+
+def embed_places(params, z):
+    """Embed the patches of z, (B, C, H, W), with their positions, as tokens (B, N, D)."""
+    width, _, patch, _ = params["x_embedder.proj.weight"].shape
+    places = positions(width, z.shape[2] // patch, z.shape[3] // patch, z)
+    return embed_patches(params, z) + places
 
 
 def norm(x):
@@ -200,10 +205,12 @@ def mlp(params, name, x):
     return linear(params, f"{name}.fc2", x)
 
 
-def block_params(params):
+def block_params(params, kind="blocks"):
     """Return the parameters of each block, [{name without "blocks.i.": tensor}]."""
-    names = [name.removeprefix("blocks.0.") for name in params if name.startswith("blocks.0.")]
-    return [{k: params[f"blocks.{i}.{k}"] for k in names} for i in range(depth(params))]
+    first = f"{kind}.0."
+    names = [name.removeprefix(first) for name in params if name.startswith(first)]
+    count = sum(name.startswith(f"{kind}.") for name in params) // max(1, len(names))
+    return [{k: params[f"{kind}.{i}.{k}"] for k in names} for i in range(count)]
 
 
 def block(w, x, c):
@@ -222,7 +229,7 @@ def dit(params, z, t, r, y, *, block=block):
     To compile, pass a compiled `block`: it serves all blocks.
     """
     patch = params["x_embedder.proj.weight"].shape[-1]
-    x = embed_patches(params, z)  # (B, N, D)
+    x = embed_places(params, z)  # (B, N, D)
     c = embed_time(params, "t_embedder", t) + embed_time(params, "h_embedder", t - r)  # (B, 1, D)
     c = F.silu(c + embed_label(params, y))  # (B, 1, D)
     for w in block_params(params):
@@ -275,17 +282,24 @@ def modulate_jvp(x, dx, shift, dshift, scale, dscale):
     return modulate(x, shift, scale), dy
 
 
-def attention_jvp(params, name, x, dx):
-    """The softmax p of scores s has dp = p (ds - <p, ds>); scores and output are products."""
-    qkv, dqkv = linear_jvp(params, f"{name}.qkv", x, dx)
-    (q, k, v), (dq, dk, dv) = split_heads(tail(qkv, dx)), split_heads(dqkv)  # (m, heads, N, d)
+def heads_jvp(q, k, v, dq, dk, dv):
+    """The softmax p of scores s has dp = p (ds - <p, ds>); scores and output are products.
+
+    q, k, v: (B, heads, N, d); dq, dk, dv: (m, heads, N, d).
+    """
+    x = F.scaled_dot_product_attention(q, k, v)  # (B, heads, N, d)
+    q, k, v = (tail(a, dq) for a in (q, k, v))  # (m, heads, N, d)
     scale = q.shape[-1] ** -0.5
     scores = (q @ k.mT).to(torch.promote_types(q.dtype, torch.float32)) * scale
     p = torch.softmax(scores, -1)  # (m, heads, N, N), in float32 under autocast as well
     ds = (dq @ k.mT + q @ dk.mT) * scale
     dp = p * (ds - (p * ds).sum(-1, keepdim=True))
-    dx = dp.to(q.dtype) @ v + p.to(q.dtype) @ dv  # (m, heads, N, d)
-    x = F.scaled_dot_product_attention(*split_heads(qkv))  # (B, heads, N, d)
+    return x, dp.to(q.dtype) @ v + p.to(q.dtype) @ dv  # (m, heads, N, d)
+
+
+def attention_jvp(params, name, x, dx):
+    qkv, dqkv = linear_jvp(params, f"{name}.qkv", x, dx)
+    x, dx = heads_jvp(*split_heads(qkv), *split_heads(dqkv))
     return linear_jvp(params, f"{name}.proj", merge_heads(x), merge_heads(dx))
 
 
@@ -317,7 +331,7 @@ def dit_jvp(params, z, t, r, y, dz, *, block_jvp=block_jvp):
     """
     w, m = params["x_embedder.proj.weight"], len(dz)
     patch = w.shape[-1]
-    x = embed_patches(params, z)  # (B, N, D)
+    x = embed_places(params, z)  # (B, N, D)
     # float32 under autocast, like x, which is because its positions are; they have no tangent
     dx = F.linear(patchify(dz, patch), w.detach().flatten(1)).to(x.dtype)  # (m, N, D)
     ct, dct = embed_time_jvp(params, "t_embedder", t, m)  # (B, 1, D), (m, 1, D)

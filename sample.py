@@ -1,6 +1,7 @@
 """Images from a checkpoint, each from noise that depends on (seed, index) alone, and their FID.
 
     python sample.py runs/digits --classes 3,1,4 --steps 1 --seed 0 --out 314.png
+    python sample.py iMF-XL-2.pth --vae FILE --classes 207,360 --omega 8 --interval 0.42,0.62
     python sample.py meanflow-B4.pth --classes 207,360 --vae diffusion_pytorch_model.safetensors
     torchrun --nproc-per-node 8 sample.py runs/XL-2 --vae FILE --fid REF.npz --inception FILE
     python sample.py runs/digits --images samples.npz --count 1000
@@ -10,8 +11,8 @@ one line of JSON. REF is what fid.py takes as --ref, a folder of pixels that dat
 digits. Without --inception the features are raw pixels, and the line says so. --images keeps the
 samples, with or without --fid.
 
-A checkpoint is a run's folder, or a file of weights with DiT's names, also of others: `convert`
-says which.
+A checkpoint is a run's folder, or a file of weights: of an iMF, or with DiT's names, also of others
+(`convert` says which).
 """
 
 import argparse
@@ -35,6 +36,7 @@ from tqdm import tqdm
 
 import data
 import fid
+import imf
 from meanflow import sample
 from model import config, dit, positions, shapes, sinusoids
 
@@ -44,6 +46,7 @@ CONVENTIONS = {
     "repa": "predicts e - x, t = 1 is noise (as REPA's SiT)",
     "sit": "predicts x - e, t = 1 is data (as SiT)",
 }
+LABELS = "y_embedder.embedding_table.weight"
 OUTPUT = ("final_layer.linear.weight", "final_layer.linear.bias")
 
 
@@ -52,7 +55,9 @@ class ImageModel(NamedTuple):
     kind: str  # what it makes: "pixels" or "latents"
     shape: tuple  # of a sample: (channels, height, width)
     vae: dict | None = None  # decodes latents
-    scale: float = data.SCALE  # of latents
+    scale: float | torch.Tensor = data.SCALE  # of latents, and what is taken off before
+    shift: float | torch.Tensor = 0.0
+    guidance: tuple | None = None  # of an iMF: omega, low, high
 
 
 # --- weights, ours and others' ---
@@ -132,6 +137,8 @@ def convert(path, tensors, convention=None):
     predicts a velocity, in one of CONVENTIONS, and what is returned has no `h_embedder`. Raises
     ValueError for anything else.
     """
+    if is_imf(tensors):
+        raise ValueError(f"{path} is an iMF, which is drawn from only: {WEIGHTS}")
     params = rename(tensors)
     try:
         width, _, patch, channels, _ = architecture = config(params)
@@ -205,12 +212,35 @@ def load(path, device="cpu", convention=None):
     """
     path = find_checkpoint(path)
     tensors, metadata = read_weights(path)
+    if is_imf(tensors):
+        return load_imf(path, tensors, metadata, device)
     params = convert(path, tensors, convention)
     architecture = config(params)
     kind, side = image_size(path, architecture, tensors, metadata)
     params = {name: torch.zeros(shape) for name, shape in shapes(architecture).items()} | params
     params = {name: p.to(device) for name, p in params.items()}
     return ImageModel(params, kind, (architecture.channels, side, side))
+
+
+def is_imf(tensors):
+    return any("shared_blocks." in name for name in tensors)
+
+
+def load_imf(path, tensors, metadata, device):
+    """Return the ImageModel of an iMF, without its v head and with the guidance for its size."""
+    try:
+        params = imf.convert(tensors)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}: {WEIGHTS}") from None
+    width, shared, heads, patch, channels, classes, _ = imf.config(params)
+    data.check_tensors(path, params, {k: tuple(p.shape) for k, p in params.items()}, WEIGHTS)
+    kind, side = image_size(path, (width, 0, patch, channels, classes), tensors, metadata)
+    used = {k: p.float().to(device) for k, p in params.items() if not k.startswith("v_")}
+    found = ImageModel(used, kind, (channels, side, side))
+    if kind == "latents":
+        mean, std = (torch.tensor(a, device=device)[:, None, None] for a in imf.LATENTS.values())
+        found = found._replace(scale=1 / std, shift=mean)
+    return found._replace(guidance=imf.PUBLISHED.get((width, shared + heads), (8.0, 0.4, 0.65)))
 
 
 # --- samples ---
@@ -222,12 +252,15 @@ def noise(seed, indices, shape):
     return torch.stack([torch.randn(shape, generator=g) for g in generators])
 
 
-def generate(params, labels, shape, *, steps=1, seed=0, indices=None, batch=500):
+def generate(params, labels, shape, *, steps=1, seed=0, indices=None, batch=500, guidance=None):
     """Return a sample for each label, (n, *shape) float32, on the parameters' device.
 
-    indices: which noise of `seed` the samples start from (default: 0 ... n - 1).
+    indices: which noise of `seed` the samples start from (default: 0 ... n - 1). guidance: (omega,
+    low, high) if the parameters are an iMF's.
     """
     net, device = partial(dit, params), next(iter(params.values())).device
+    if guidance:
+        net = imf.guided(params, *guidance)
     indices = range(len(labels)) if indices is None else indices
     samples = []
     for k in range(0, len(labels), batch):
@@ -243,7 +276,8 @@ def to_uint8(x, model):
     Without a VAE, the first three channels of latents are shown as colours.
     """
     if model.kind == "latents":
-        x = x[:, :3] / 3 if model.vae is None else data.decode(model.vae, x / model.scale)
+        latents = x / model.scale + model.shift
+        x = x[:, :3] / 3 if model.vae is None else data.decode(model.vae, latents)
     return ((x + 1) * 127.5).round().clamp(0, 255).byte()
 
 
@@ -322,11 +356,12 @@ def evaluate(model, scorer, labels, world, *, steps=1, seed=0, write=None):
     """
 
     def batches():
+        options = dict(steps=steps, seed=seed, guidance=model.guidance)
         mine = range(world.rank, len(labels), world.size)
         chunks = [mine[k : k + 100] for k in range(0, len(mine), 100)]
         for numbers in tqdm(chunks, unit=" hundreds", leave=False, disable=world.rank > 0):
             y = labels[list(numbers)]
-            x = generate(model.params, y, model.shape, steps=steps, seed=seed, indices=numbers)
+            x = generate(model.params, y, model.shape, indices=numbers, **options)
             if not x.isfinite().all():
                 raise ValueError("samples have values that are not finite: give an earlier save")
             images = to_uint8(x, model)
@@ -336,7 +371,8 @@ def evaluate(model, scorer, labels, world, *, steps=1, seed=0, write=None):
 
     decoder = "float32, convolutions in TF32" if world.device.type == "cuda" else "float32"
     precision = {"network": "float32", "decoder": model.vae and decoder}
-    return scorer(batches()) | {"steps": steps, "seed": seed, "precision": precision}
+    about = {"steps": steps, "seed": seed, "guidance": model.guidance, "precision": precision}
+    return scorer(batches()) | about
 
 
 def count_images(batches):
@@ -396,6 +432,8 @@ def parse_arguments(argv):
     add("--scale", type=float, help=f"of latents, if not {data.SCALE}")
     what = "; ".join(f"{name}: {meaning}" for name, meaning in CONVENTIONS.items())
     add("--convention", choices=CONVENTIONS, help=f"of a network that predicts a velocity: {what}")
+    add("--omega", type=float, help="an iMF's guidance (default: the published)")
+    add("--interval", metavar="LOW,HIGH", help="times between which it acts")
     add("--out", help="the picture to write (default: samples.png)")
     add("--fid", metavar="REF", help="compare samples with this instead of writing a picture")
     add("--inception", help="pt_inception-2015-12-05-6726825d.pth (see fid.py)")
@@ -412,23 +450,45 @@ def parse_arguments(argv):
     if args.images and args.images.exists():
         if args.images.is_file() or any(args.images.iterdir()):
             raise ValueError(f"--images {args.images} already exists: give another name")
-    data.check_numbers(args, steps=1, scale=0, count=2)
+    data.check_numbers(args, steps=1, scale=0, count=2, omega=1)
     args.out, args.count = args.out or "samples.png", args.count or 50_000
     return args
+
+
+def choose_guidance(args, model):
+    """Return the (omega, low, high) of --omega and --interval, or else the published."""
+    omega, low, high = model.guidance
+    config = imf.config(model.params)
+    if args.steps == 2:
+        two = imf.TWO_STEPS.get((config.width, config.shared + config.heads), (omega, low, high))
+        omega, low, high = two
+    if args.interval:
+        try:
+            low, high = map(float, args.interval.split(","))
+            assert 0 <= low <= high <= 1
+        except (ValueError, AssertionError):
+            hint = "give two times in [0, 1], the lower first, as 0.4,0.65"
+            raise ValueError(f"--interval {args.interval}: {hint}") from None
+    return args.omega or omega, low, high
 
 
 def main(argv, world):
     args = parse_arguments(argv)
     model = load(args.checkpoint, world.device, args.convention)
     check_picture(args.out, image_shape(model.kind, model.shape)[0])
-    classes = parse_classes(args.classes, config(model.params).classes)
+    classes = parse_classes(args.classes, len(model.params[LABELS]) - 1)
+    if model.guidance:
+        data.refuse(args, ["convention", "scale"], f"as {args.checkpoint} is an iMF")
+        model = model._replace(guidance=choose_guidance(args, model))
+    else:
+        data.refuse(args, ["omega", "interval"], f"as {args.checkpoint} is no iMF")
     if model.kind == "pixels":
         data.refuse(args, ["vae", "scale"], f"as {args.checkpoint} makes pixels")
     elif args.vae is None:
         raise ValueError(f"{args.checkpoint} makes latents: give --vae, sd-vae-ft-mse's file")
     else:
-        vae, scale = data.load_vae(args.vae, world.device), args.scale or data.SCALE
-        model = model._replace(vae=vae, scale=scale)
+        vae = data.load_vae(args.vae, world.device)
+        model = model._replace(vae=vae, scale=args.scale or model.scale)
     if not model.params["h_embedder.mlp.2.weight"].any() and args.steps < 10 and world.rank == 0:
         tqdm.write(f"{args.checkpoint} predicts a velocity: give --steps 50 or more", sys.stderr)
     if args.fid or args.images:
@@ -436,7 +496,8 @@ def main(argv, world):
     elif world.rank == 0:
         if not args.classes:
             classes = [k % len(classes) for k in range(10)]
-        x = generate(model.params, classes, model.shape, steps=args.steps, seed=args.seed)
+        options = dict(steps=args.steps, seed=args.seed, guidance=model.guidance)
+        x = generate(model.params, classes, model.shape, **options)
         save_grid(to_uint8(x, model), args.out)
         print(args.out)
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import test_data
 import test_fid
+import test_imf
 import test_inception
 import test_meanflow
 import test_model
@@ -18,7 +19,7 @@ import torch
 
 ROOT = Path(__file__).parent.parent
 MODULES = test_meanflow, test_model, test_data, test_vae, test_fid, test_inception, test_train
-MODULES += (test_weights,)
+MODULES += test_weights, test_imf
 dual = test_model.test_dit_jvp_is_torch_func_jvp
 diffusers = [test_vae.test_agrees_with_diffusers, test_vae.SMALL, (40, 24), torch.float64, 1e-12]
 authors = [test_meanflow.test_agrees_with_the_authors_code, "mix", {"kappa": 0.5}]
@@ -379,6 +380,47 @@ MUTANTS = {
          'mean(raw[t > r])',
          'mean(raw)',
          test_train.test_the_log_holds_the_means_over_rows),
+    ],
+    "imf": [
+        ("the tangent is e - x", "z, t, r, v_class, y)", "z, t, r, v, y)",
+         test_imf.test_agrees_with_the_authors_code),
+        ("omega is gated in the main call", "u, v_head = net(z, t, r, y, guidance)",
+         "u, v_head = net(z, t, r, y, guidance._replace(kappa=kappa))",
+         test_imf.test_agrees_with_the_authors_code),
+        ("the v head learns e - x", "adaptive_loss(v_head, v_guided",
+         "adaptive_loss(v_head, v_head + 1",
+         test_imf.test_agrees_with_the_authors_code),
+        ("an interval where r = t",
+         "low, high = torch.where(first, 0, low), torch.where(first, 1, high)", "pass",
+         test_imf.test_draws),
+        ("places counted from the patches", "angles = places[:, None]",
+         "angles = (places - 20).clamp(min=0)[:, None]",
+         test_imf.test_agrees_with_the_authors_code),
+        ("pairs of the first and second half", "x.unflatten(-1, (-1, 2)).unbind(-1)",
+         "x.chunk(2, -1)",
+         test_imf.test_agrees_with_the_authors_code),
+        ("the norm after the rotation",
+         "(rotate(rms_norm(a, w[f\"attn.{n}_norm.weight\"]), rope) for a, n in",
+         "(rms_norm(rotate(a, rope), w[f\"attn.{n}_norm.weight\"]) for a, n in",
+         test_imf.test_agrees_with_the_authors_code),
+        ("a tangent along the v head", "u, du = linear_jvp(params, f\"{name}.linear\", x, dx)",
+         "u, du = linear_jvp(params, \"v_final_layer.linear\", x, dx)",
+         test_imf.test_imf_jvp_is_torch_func_jvp),
+        ("guided where dropped in the fast loss",
+         "    v_guided = torch.where(append_dims(drop, v), v, v_guided)\n    dudt = torch.cat",
+         "    dudt = torch.cat", test_imf.test_the_fast_loss_is_the_loss),
+        ("guided where dropped",
+         "        v_guided = torch.where(append_dims(drop, v), v, v_guided)\n    y = torch",
+         "    y = torch", test_imf.test_agrees_with_the_authors_code),
+        ("guided outside the interval", "torch.where((low <= t) & (t <= high), kappa, 0)", "kappa",
+         test_imf.test_agrees_with_the_authors_code),
+        ("minus du/dt", "u + append_dims(t - r, u) * dudt", "u - append_dims(t - r, u) * dudt",
+         test_imf.test_the_true_average_velocity_is_stationary),
+        ("uniform omega", "1 - most**-kappa", "kappa", test_imf.test_draws),
+        ("the tangent keeps its part along x", "(dx - n * (n * dx).mean(-1, keepdim=True))", "dx",
+         test_imf.test_imf_jvp_is_torch_func_jvp),
+        ("kappa for omega", "1 - 1 / omega, low, high", "omega, low, high",
+         [test_imf.test_samples_are_the_authors, 1]),
     ],
     "sample": [
         ("the second half of eight channels", "split(channels)[::2]", "split(channels)[1::2]",

@@ -1,0 +1,442 @@
+"""Improved MeanFlow: guidance told to the network, a loss on the velocity, a second head.
+
+Geng, Lu, Wu, Shechtman, Kolter, He: Improved Mean Flows: On the Challenges of Fastforward
+Generative Models, arXiv 2512.02012v1, as its authors' code (Lyy-iiis/imeanflow) computes it. It is
+MeanFlow's guidance with omega = 1 and a kappa that each row draws and the network is told; u is
+regressed on the guided velocity through V = u + (t - r) sg(du/dt), along the network's own class
+velocity; a second head learns that velocity.
+
+    python imf.py     print the sizes and their parameters
+
+A network is any callable net(z, t, r, y, guidance) -> (u, v), both (B, ...). Symbols as in
+meanflow.py, and
+
+    kappa      1 - 1/omega for a guidance of scale omega                        (B,)
+    low, high  times between which it acts                                      (B,)
+"""
+
+from functools import partial
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+import meanflow
+from meanflow import adaptive_loss, append_dims, count_equal, interpolate
+from model import (
+    block_params,
+    embed_label,
+    embed_patches,
+    embed_time,
+    embed_time_jvp,
+    heads_jvp,
+    linear,
+    linear_jvp,
+    merge_heads,
+    patchify,
+    silu_jvp,
+    split_heads,
+    tail,
+    unpatchify,
+)
+
+EPS = 1e-6  # of RMSNorm
+HEAD = 64  # width of an attention head
+TOKENS = {"class": 8, "omega": 4, "t_min": 2, "t_max": 2, "time": 4}  # before those of patches
+LATENTS = {  # of sd-vae-ft-mse, by channel: an iMF makes (latent - mean) / std
+    "mean": (0.86488, -0.27787343, 0.21616915, 0.3738409),
+    "std": (4.85503674, 5.31922414, 3.93725398, 3.9870003),
+}
+PUBLISHED = {  # omega, low, high to sample with, by (width, blocks on the way to u)
+    (768, 12): (8.0, 0.40, 0.65),
+    (768, 24): (10.5, 0.40, 0.60),
+    (1024, 32): (10.5, 0.40, 0.60),
+    (1024, 48): (8.0, 0.42, 0.62),
+}
+TWO_STEPS = {(1024, 48): (4.0, 0.36, 0.64)}
+SIZES = {  # width, shared blocks, blocks of a head, patch
+    "iB/2": (768, 4, 8, 2),
+    "iM/2": (768, 16, 8, 2),
+    "iL/2": (1024, 24, 8, 2),
+    "iXL/2": (1024, 40, 8, 2),
+}
+
+
+# --- the method ---
+
+
+class Guidance(NamedTuple):
+    kappa: torch.Tensor  # (B,) in [0, 1)
+    low: torch.Tensor  # (B,) in [0, 1]
+    high: torch.Tensor  # (B,) in [0, 1]
+
+
+class Draws(NamedTuple):
+    """All randomness of one training step."""
+
+    e: torch.Tensor  # (B, ...)   Gaussian noise
+    t: torch.Tensor  # (B,)       time
+    r: torch.Tensor  # (B,)       earlier time, r <= t
+    drop: torch.Tensor  # (B,) bool  rows whose label is dropped
+    guidance: Guidance
+
+
+def draw(shape, *, generator, share=0.5, most=8.0):
+    """Draw a step's randomness for data of `shape` = (B, ...), float32.
+
+    As meanflow.draw, with r = t in half of the rows. omega is log-uniform from 1 to `most`; it acts
+    for t in [low, high], uniform in the halves of [0, 1], and always where r = t.
+    """
+    e, t, r, drop = meanflow.draw(shape, generator=generator, share=share)
+    kappa, low, high = torch.rand(3, shape[0], generator=generator, device=t.device)
+    kappa, low, high = 1 - most**-kappa, low / 2, (1 + high) / 2
+    first = torch.arange(shape[0], device=t.device) < int(share * shape[0])
+    low, high = torch.where(first, 0, low), torch.where(first, 1, high)
+    return Draws(e, t, r, drop, Guidance(kappa, low, high))
+
+
+def gate(t, guidance):
+    """Return kappa where t lies in the closed interval, and 0 elsewhere."""
+    kappa, low, high = guidance
+    return torch.where((low <= t) & (t <= high), kappa, 0)
+
+
+def at_all_times(kappa):
+    return Guidance(kappa, torch.zeros_like(kappa), torch.ones_like(kappa))
+
+
+def loss(net, x, y, draws, *, null, p=1, c=0.01):
+    """Return the iMF loss of each row, (B,), and its raw squared errors of u and v, (B, 2).
+
+    x: (B, ...); y: (B,) int64, below `null`. Average the loss over the batch.
+
+    differs from the paper: the v head learns the guided velocity, not e - x, as in the authors'
+    code; they agree without guidance.
+    """
+    e, t, r, drop, guidance = draws
+    z, v = interpolate(x, e, t)
+    with torch.no_grad():
+        kappa = gate(t, guidance)
+        v_class = net(z, t, t, y, at_all_times(kappa))[1]
+        v_null = net(z, t, t, torch.full_like(y, null), at_all_times(0 * kappa))[1]
+        v_guided = v + append_dims(kappa, v) * (v_class - v_null)
+        v_guided = torch.where(append_dims(drop, v), v, v_guided)
+    y = torch.where(drop, null, y)
+    dudt = meanflow.derivative(lambda *a: net(*a, guidance)[0], z, t, r, v_class, y)
+    u, v_head = net(z, t, r, y, guidance)
+    return velocity_loss(u, v_head, dudt, v_guided, t, r, p, c)
+
+
+def velocity_loss(u, v_head, dudt, v_guided, t, r, p, c):
+    """Return the loss of V = u + (t - r) sg(du/dt) and of the v head, both on v_guided."""
+    rows_u, s_u = adaptive_loss(u + append_dims(t - r, u) * dudt, v_guided, p, c)
+    rows_v, s_v = adaptive_loss(v_head, v_guided, p, c)
+    return rows_u + rows_v, torch.stack((s_u, s_v), 1)
+
+
+def fast_loss(net, x, y, draws, *, null, p=1, c=0.01, dual, velocity, equal=None):
+    """Return what `loss` returns at least cost, by not evaluating what is known.
+
+    Where r = t no du/dt is needed, and the class velocity is the v head of the forward pass itself.
+    velocity(z, t, y, kappa) -> v alone, partial(imf_velocity, params) for the network below; and
+    dual(z, t, r, y, guidance, dz) -> (u, v, du/dt of the last len(dz) rows), partial(imf_jvp,
+    params). equal: as in meanflow.fast_loss.
+    """
+    e, t, r, drop, guidance = draws
+    z, v = interpolate(x, e, t)
+    n = count_equal(t, r) if equal is None else equal
+    kappa = gate(t, guidance)
+    with torch.no_grad():  # null velocities of all rows and class velocities where r != t
+        rows = torch.cat((z, z[n:])), torch.cat((t, t[n:]))
+        labels = torch.cat((torch.full_like(y, null), y[n:]))
+        v_null, v_class = velocity(*rows, labels, torch.cat((0 * kappa, kappa[n:]))).split(
+            [len(x), len(x) - n]
+        )
+    u, v_head, dudt = dual(z, t, r, torch.where(drop, null, y), guidance, v_class)
+    v_class = torch.cat((v_head[:n], v_class))
+    v_guided = v + append_dims(kappa, v) * (v_class - v_null)
+    v_guided = torch.where(append_dims(drop, v), v, v_guided)
+    dudt = torch.cat((torch.zeros_like(u[:n]), dudt))
+    return velocity_loss(u, v_head, dudt, v_guided, t, r, p, c)
+
+
+# --- the network ---
+
+
+class Config(NamedTuple):
+    width: int
+    shared: int  # blocks before the heads
+    heads: int  # blocks of the u head, and of the v head
+    patch: int
+    channels: int
+    classes: int
+    trains: bool  # has the blocks of the v head
+
+
+def shapes(config):
+    """Return {name: shape} of every parameter of this Config."""
+    width, shared, heads, patch, channels, classes, trains = config
+    hidden = int(width * 8 / 3)
+    tensors = {
+        "x_embedder.proj.weight": (width, channels, patch, patch),
+        "x_embedder.proj.bias": (width,),
+        "y_embedder.embedding_table.weight": (classes + 1, width),
+    }
+    for name in ("h_embedder", "omega_embedder", "cfg_t_start_embedder", "cfg_t_end_embedder"):
+        for k, inputs in ((0, 256), (2, width)):
+            tensors[f"{name}.mlp.{k}.weight"] = (width, inputs)
+            tensors[f"{name}.mlp.{k}.bias"] = (width,)
+    tensors |= {f"{name}_tokens": (n, width) for name, n in TOKENS.items()}
+    kinds = {"shared_blocks": shared, "u_heads": heads} | ({"v_heads": heads} if trains else {})
+    for block in (f"{kind}.{i}" for kind, depth in kinds.items() for i in range(depth)):
+        tensors[f"{block}.norm1.weight"] = tensors[f"{block}.norm2.weight"] = (width,)
+        tensors[f"{block}.attn.qkv.weight"] = (3 * width, width)
+        tensors[f"{block}.attn.out_proj.weight"] = (width, width)
+        tensors[f"{block}.attn.q_norm.weight"] = tensors[f"{block}.attn.k_norm.weight"] = (HEAD,)
+        tensors[f"{block}.mlp.w1.weight"] = tensors[f"{block}.mlp.w3.weight"] = (hidden, width)
+        tensors[f"{block}.mlp.w2.weight"] = (width, hidden)
+        tensors[f"{block}.attn_scale"] = tensors[f"{block}.mlp_scale"] = (width,)
+    for name in ("u_final_layer", "v_final_layer"):
+        tensors[f"{name}.norm.weight"] = (width,)
+        tensors[f"{name}.linear.weight"] = (patch * patch * channels, width)
+        tensors[f"{name}.linear.bias"] = (patch * patch * channels,)
+    return tensors
+
+
+def config(params):
+    """Return the Config of these parameters. Raise ValueError if they are not iMF's."""
+    try:
+        width, channels, patch, _ = params["x_embedder.proj.weight"].shape
+        labels, _ = params["y_embedder.embedding_table.weight"].shape
+    except (KeyError, ValueError):
+        raise ValueError("not the weights of an iMF") from None
+
+    def depth(kind):
+        return sum(f"{kind}.{i}.attn.qkv.weight" in params for i in range(len(params)))
+
+    shared, heads, trains = depth("shared_blocks"), depth("u_heads"), depth("v_heads") > 0
+    return Config(width, shared, heads, patch, channels, labels - 1, trains)
+
+
+def init(size="iB/2", *, channels=4, classes=1000, generator):
+    """Return fresh parameters, {name: float32 tensor} on the generator's device.
+
+    size: a key of SIZES, or (width, shared blocks, blocks of a head, patch). Linears are normal,
+    with deviation 0.32 / sqrt(inputs) in blocks and 1 / sqrt(inputs) in embedders, labels and
+    tokens 1 / sqrt(width), patches Xavier uniform. Biases, scales and outputs are zero, so that u =
+    v = 0 at first.
+    """
+    if isinstance(size, str) and size not in SIZES:
+        raise ValueError(f"size {size!r} is unknown: choose one of {', '.join(SIZES)}")
+    width, shared, heads, patch = SIZES[size] if isinstance(size, str) else size
+    params = {}
+    for name, shape in shapes(Config(width, shared, heads, patch, channels, classes, True)).items():
+        p = params[name] = torch.zeros(shape, device=generator.device)
+        if "norm" in name:
+            p.fill_(1)
+        elif name == "x_embedder.proj.weight":
+            torch.nn.init.xavier_uniform_(p.flatten(1), generator=generator)
+        elif name.endswith("_tokens") or "embedding_table" in name:
+            p.normal_(0, width**-0.5, generator=generator)
+        elif name.endswith("weight") and "final_layer" not in name:
+            gain = 1 if "embedder" in name else 0.32
+            p.normal_(0, gain * shape[1] ** -0.5, generator=generator)
+    return params
+
+
+def convert(tensors):
+    """Return parameters from tensors with the published names.
+
+    With or without `net.`, `_flax_linear.` and `_flax_embedding.`; q, k and v become one tensor.
+    Raises ValueError with the name of a tensor that is missing, unknown or misshapen.
+    """
+    params = {}
+    for name, p in tensors.items():
+        name = name.removeprefix("net.").replace("_flax_linear.", "")
+        params[name.replace("_flax_embedding.", "")] = p
+    for name in [name for name in params if name.endswith("attn.q_proj.weight")]:
+        block = name.removesuffix("q_proj.weight")
+        parts = [params.pop(f"{block}{k}_proj.weight", None) for k in "qkv"]
+        if None in (first := [None if p is None else 1 for p in parts]):
+            raise ValueError(f"{block}{'qkv'[first.index(None)]}_proj.weight is missing")
+        params[f"{block}qkv.weight"] = torch.cat(parts)
+    wanted = shapes(config(params))
+    found = {name: tuple(p.shape) for name, p in params.items()}
+    for name in wanted | found:
+        if found.get(name) != wanted.get(name):
+            got, want = found.get(name, "missing"), wanted.get(name, "absent")
+            raise ValueError(f"{name} is {got}, should be {want}")
+    return params
+
+
+def rms_norm(x, weight):
+    """Divide x by its root mean square, in float32 under autocast as well."""
+    single = torch.promote_types(x.dtype, torch.float32)
+    return F.rms_norm(x.to(single), x.shape[-1:], weight.to(single), EPS)
+
+
+def rotary(length, like):
+    """Return the cosines and sines, (length, HEAD / 2), of rotations by place in the sequence."""
+    places = torch.arange(length, device=like.device, dtype=torch.float32)
+    pairs = torch.arange(0, HEAD, 2, device=like.device, dtype=torch.float32)
+    angles = places[:, None] * 10000 ** (-pairs / HEAD)
+    return angles.cos(), angles.sin()
+
+
+def rotate(x, rope):
+    """Rotate each pair of neighbouring values of x, (B, heads, S, HEAD)."""
+    cos, sin = rope
+    a, b = x.unflatten(-1, (-1, 2)).unbind(-1)
+    return torch.stack((a * cos - b * sin, a * sin + b * cos), -1).flatten(-2)
+
+
+def attention(w, x, rope):
+    q, k, v = split_heads(linear(w, "attn.qkv", x))
+    q, k = (rotate(rms_norm(a, w[f"attn.{n}_norm.weight"]), rope) for a, n in ((q, "q"), (k, "k")))
+    x = F.scaled_dot_product_attention(q.to(v.dtype), k.to(v.dtype), v)
+    return linear(w, "attn.out_proj", merge_heads(x))
+
+
+def mlp(w, x):
+    return linear(w, "mlp.w2", F.silu(linear(w, "mlp.w1", x)) * linear(w, "mlp.w3", x))
+
+
+def block(w, x, rope):
+    x = x + w["attn_scale"] * attention(w, rms_norm(x, w["norm1.weight"]), rope)
+    return x + w["mlp_scale"] * mlp(w, rms_norm(x, w["norm2.weight"]))
+
+
+def embed(params, z, h, y, guidance):
+    """Return all tokens, (B, 20 + N, D): those of the conditions, then those of the patches."""
+    kappa, low, high = guidance
+    conditions = {
+        "class": embed_label(params, y),
+        "omega": embed_time(params, "omega_embedder", kappa),
+        "t_min": embed_time(params, "cfg_t_start_embedder", low),
+        "t_max": embed_time(params, "cfg_t_end_embedder", high),
+        "time": embed_time(params, "h_embedder", h),
+    }
+    tokens = [params[f"{name}_tokens"] + c for name, c in conditions.items()]
+    return torch.cat((*tokens, embed_patches(params, z)), 1)
+
+
+def head(params, kind, x, rope, like, block):
+    """Apply the blocks and the output of the head "u" or "v"; return it shaped like `like`."""
+    for w in block_params(params, f"{kind}_heads"):
+        x = block(w, x, rope)
+    x = rms_norm(x[:, sum(TOKENS.values()) :], params[f"{kind}_final_layer.norm.weight"])
+    x = linear(params, f"{kind}_final_layer.linear", x)
+    return unpatchify(x, params["x_embedder.proj.weight"].shape[-1], like)
+
+
+def trunk(params, z, h, y, guidance, block):
+    """Return what the heads take: tokens and rotations."""
+    x = embed(params, z, h, y, guidance)
+    rope = rotary(x.shape[1], x)
+    for w in block_params(params, "shared_blocks"):
+        x = block(w, x, rope)
+    return x, rope
+
+
+def imf(params, z, t, r, y, guidance, *, block=block):
+    """Return the average velocity u and the velocity v, both shaped like z.
+
+    z: (B, C, H, W); t, r: (B,) in [0, 1], of which only t - r is used; y: (B,) int64 in
+    [0, classes]; guidance: Guidance. v is None if the parameters have no v head.
+    """
+    x, rope = trunk(params, z, t - r, y, guidance, block)
+    u = head(params, "u", x, rope, z, block)
+    return u, head(params, "v", x, rope, z, block) if config(params).trains else None
+
+
+def guided(params, omega, low, high):
+    """Return net(z, t, r, y) -> u, as meanflow.sample takes it, with one guidance for all rows."""
+
+    def net(z, t, r, y):
+        guidance = (torch.full_like(t, value) for value in (1 - 1 / omega, low, high))
+        return imf(params, z, t, r, y, Guidance(*guidance))[0]
+
+    return net
+
+
+def imf_velocity(params, z, t, y, kappa, *, block=block):
+    """Return the v of imf at r = t, with a guidance for all times."""
+    x, rope = trunk(params, z, 0 * t, y, at_all_times(kappa), block)
+    return head(params, "v", x, rope, z, block)
+
+
+# --- the same in forward mode: values of all B rows, tangents of the last m, see model.py ---
+
+
+def rms_norm_jvp(x, dx, weight):
+    """Remove from dx its part along x, then scale it as x is."""
+    y = rms_norm(x, weight)
+    x, dx, weight = tail(x, dx).to(y.dtype), dx.to(y.dtype), weight.detach()
+    scale = (x.square().mean(-1, keepdim=True) + EPS).rsqrt()
+    n = x * scale
+    return y, weight * scale * (dx - n * (n * dx).mean(-1, keepdim=True))
+
+
+def attention_jvp(w, x, dx, rope):
+    qkv, dqkv = linear_jvp(w, "attn.qkv", x, dx)
+    (q, k, v), (dq, dk, dv) = split_heads(qkv), split_heads(dqkv)
+    (q, dq), (k, dk) = (
+        [rotate(a, rope).to(v.dtype) for a in rms_norm_jvp(a, da, w[f"attn.{n}_norm.weight"])]
+        for a, da, n in ((q, dq, "q"), (k, dk, "k"))
+    )
+    x, dx = heads_jvp(q, k, v, dq, dk, dv)
+    return linear_jvp(w, "attn.out_proj", merge_heads(x), merge_heads(dx))
+
+
+def mlp_jvp(w, x, dx):
+    a, da = silu_jvp(*linear_jvp(w, "mlp.w1", x, dx))
+    b, db = linear_jvp(w, "mlp.w3", x, dx)
+    return linear_jvp(w, "mlp.w2", a * b, da * tail(b, db) + tail(a, da) * db)
+
+
+def block_jvp(w, x, dx, rope):
+    for scale, norm, branch in (
+        ("attn_scale", "norm1", partial(attention_jvp, rope=rope)),
+        ("mlp_scale", "norm2", mlp_jvp),
+    ):
+        h, dh = branch(w, *rms_norm_jvp(x, dx, w[f"{norm}.weight"]))
+        x, dx = x + w[scale] * h, dx + w[scale].detach() * dh
+    return x, dx
+
+
+def imf_jvp(params, z, t, r, y, guidance, dz, *, block=block, block_jvp=block_jvp):
+    """Return imf of all rows and, for the last m, du/dt along dz/dt = dz, dt/dt = 1, dr/dt = 0.
+
+    Arguments as for imf; dz: (m, C, H, W), m <= B. Returns (u, v, du/dt (m, C, H, W)); du/dt has no
+    graph and costs nothing of the v head.
+    """
+    m, w = len(dz), params["x_embedder.proj.weight"]
+    x = embed(params, z, t - r, y, guidance)  # (B, S, D)
+    dh = embed_time_jvp(params, "h_embedder", t - r, m)[1].expand(-1, TOKENS["time"], -1)
+    others = dh.new_zeros(m, sum(TOKENS.values()) - TOKENS["time"], dh.shape[-1])
+    dx = F.linear(patchify(dz, w.shape[-1]), w.detach().flatten(1))
+    dx = torch.cat((others, dh, dx), 1).to(x.dtype)  # (m, S, D)
+    rope = rotary(x.shape[1], x)
+    for w in block_params(params, "shared_blocks"):
+        x, dx = block_jvp(w, x, dx, rope)
+    v = head(params, "v", x, rope, z, block)
+    for w in block_params(params, "u_heads"):
+        x, dx = block_jvp(w, x, dx, rope)
+    skip, name, patch = sum(TOKENS.values()), "u_final_layer", config(params).patch
+    x, dx = rms_norm_jvp(x[:, skip:], dx[:, skip:], params[f"{name}.norm.weight"])
+    u, du = linear_jvp(params, f"{name}.linear", x, dx)
+    return unpatchify(u, patch, z), v, unpatchify(du, patch, z)
+
+
+def main():
+    print("size   width  shared  head  parameters to sample, to train")
+    for size, (width, shared, heads, patch) in SIZES.items():
+        counts = []
+        for trains in (False, True):
+            tensors = shapes(Config(width, shared, heads, patch, 4, 1000, trains))
+            counts.append(sum(torch.Size(shape).numel() for shape in tensors.values()))
+        print(f"{size:6}{width:6}{shared:8}{heads:6}{counts[0]:14,}{counts[1]:14,}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,461 @@
+"""imf.py: the authors' numbers, the fast loss, the derivative, guided flows and published names."""
+
+import json
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import save_file
+from torch.utils.flop_counter import FlopCounterMode
+
+import data
+import imf
+import meanflow
+import model
+import sample
+import train
+
+GOLDEN = np.load(Path(__file__).with_name("authors-imf.npz"))
+ABOUT = json.loads(str(GOLDEN["about"]))
+
+
+def golden(name):
+    return torch.from_numpy(GOLDEN[name])
+
+
+def hashed(k, shape):
+    """Return the numbers in [-1, 1] that the golden weights are made of (see the README there)."""
+    h = (1000003 * k + np.arange(np.prod(shape, dtype=int), dtype=np.uint64)).astype(np.uint32)
+    h *= np.uint32(2654435761)
+    h ^= h >> np.uint32(15)
+    h *= np.uint32(2246822519)
+    h ^= h >> np.uint32(13)
+    return torch.from_numpy(h / 2**31 - 1).reshape(shape)
+
+
+def published():
+    """Return the golden weights under their published names."""
+    tensors = {}
+    for k, name in enumerate(ABOUT["names"]):
+        shape = ABOUT["shapes"][name]
+        n = hashed(k, shape)
+        if "norm" in name:
+            n = 1 + 0.3 * n
+        elif name.endswith("_scale"):
+            n = 0.5 * n
+        elif name.endswith(("bias", "_tokens")):
+            n = 0.2 * n
+        else:
+            n = 1.7 * n / np.prod(shape[1:]) ** 0.5
+        tensors[name] = n.float()
+    return tensors
+
+
+def golden_draws():
+    guidance = imf.Guidance(1 - 1 / golden("omega"), golden("low"), golden("high"))
+    return imf.Draws(golden("e"), golden("t"), golden("r"), golden("dropped"), guidance)
+
+
+def close(got, want, tolerance):
+    return (got - want).abs().max() <= tolerance * want.abs().max()
+
+
+# --- the authors' numbers ---
+
+
+def test_agrees_with_the_authors_code():
+    """u, v, du/dt, guided velocity, both errors, loss and every gradient."""
+    params = {k: p.requires_grad_() for k, p in imf.convert(published()).items()}
+    draws, x, y = golden_draws(), golden("x"), golden("y").long()
+    net, seen = partial(imf.imf, params), []
+
+    def spy(*inputs):
+        seen.append(net(*inputs))
+        return seen[-1]
+
+    rows, raw = imf.loss(spy, x, y, draws, null=10)
+    z, v = meanflow.interpolate(x, draws.e, draws.t)
+    v_c, v_null = seen[0][1], seen[1][1]
+    u, v_head = seen[-1]
+    assert close(u, golden("u"), 1e-5) and close(v_head, golden("v_head"), 1e-5)
+    assert close(v_c, golden("v_c"), 1e-5)
+    kappa = imf.gate(draws.t, draws.guidance)
+    v_g = v + meanflow.append_dims(kappa, v) * (v_c - v_null)
+    v_g = torch.where(meanflow.append_dims(draws.drop, v), v, v_g)
+    assert close(v_g, golden("v_g"), 1e-5)
+    labels = torch.where(draws.drop, 10, y)
+    _, _, dudt = imf.imf_jvp(params, z, draws.t, draws.r, labels, draws.guidance, v_c)
+    assert close(dudt, golden("dudt"), 1e-5)
+    assert close(raw[:, 0], golden("s_u"), 1e-5) and close(raw[:, 1], golden("s_v"), 1e-5)
+    assert rows.mean().item() == pytest.approx(float(golden("loss")), rel=1e-5)
+    rows.mean().backward()
+    for k, name in enumerate(ABOUT["names"]):
+        ours, part = name, slice(None)
+        for i, letter in enumerate("qkv"):
+            if name.endswith(f"attn.{letter}_proj.weight"):
+                ours = name.replace(f"{letter}_proj", "qkv")
+                part = slice(128 * i, 128 * (i + 1))
+        gradient = params[ours].grad[part].double()
+        norm, product = golden(f"g.{name}").tolist()
+        assert gradient.norm().item() == pytest.approx(norm, rel=1e-4, abs=1e-9), name
+        found = (gradient * hashed(1000 + k, gradient.shape)).sum().item()
+        assert found == pytest.approx(product, rel=1e-4, abs=1e-4 * norm), name
+
+
+@pytest.mark.parametrize("steps", [1, 2])
+def test_samples_are_the_authors(steps):
+    params, y = imf.convert(published()), golden("y").long()
+    x = meanflow.sample(imf.guided(params, 8, 0.4, 0.65), golden("e"), y, steps)
+    assert close(x, golden(f"sample{steps}"), 1e-5)
+
+
+# --- the fast form ---
+
+
+def small(seed=0, size=(128, 1, 2, 2), dtype=torch.float64):
+    g = torch.Generator().manual_seed(seed)
+    params = imf.init(size, channels=3, classes=5, generator=g)
+    return {k: (p + 0.1 * torch.randn(p.shape, generator=g)).to(dtype) for k, p in params.items()}
+
+
+def batch(seed, rows, share=0.5, dtype=torch.float64, drop=None):
+    g = torch.Generator().manual_seed(seed)
+    x = torch.randn(rows, 3, 4, 4, generator=g).to(dtype)
+    draws = imf.draw(x.shape, generator=g, share=share)
+    e, t, r, dropped, guidance = draws
+    dropped = dropped if drop is None else torch.full_like(dropped, drop)
+    draws = imf.Draws(
+        e.to(dtype),
+        t.to(dtype),
+        r.to(dtype),
+        dropped,
+        imf.Guidance(*(a.to(dtype) for a in guidance)),
+    )
+    return x, torch.randint(5, (rows,), generator=g), draws
+
+
+@given(
+    st.integers(0, 10**6),
+    st.integers(1, 8),
+    st.sampled_from([0.0, 0.5, 1.0]),
+    st.sampled_from([None, True, False]),
+)
+def test_the_fast_loss_is_the_loss(seed, rows, share, drop):
+    params = {k: p.requires_grad_() for k, p in small(seed).items()}
+    x, y, draws = batch(seed, rows, share, drop=drop)
+    found = []
+    for fast in (False, True):
+        if fast:
+            ways = dict(
+                dual=partial(imf.imf_jvp, params), velocity=partial(imf.imf_velocity, params)
+            )
+            each, raw = imf.fast_loss(partial(imf.imf, params), x, y, draws, null=5, **ways)
+        else:
+            each, raw = imf.loss(partial(imf.imf, params), x, y, draws, null=5)
+        gradients = torch.autograd.grad(each.mean(), params.values(), allow_unused=True)
+        found.append([each, raw, *gradients])
+    for slow, quick in zip(*found):
+        assert (slow is None) == (quick is None)
+        assert slow is None or close(quick, slow, 1e-12)
+
+
+def test_imf_jvp_is_torch_func_jvp():
+    params, (x, y, draws) = small(), batch(3, 6)
+    _, t, r, _, guidance = draws
+    v = torch.randn(x.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    net = partial(imf.imf, params)
+    want = meanflow.derivative(lambda *a: net(*a, guidance)[0], x, t, r, v, y)
+    u, v_head, dudt = imf.imf_jvp(params, x, t, r, y, guidance, v[2:])
+    assert close(dudt, want[2:], 1e-12) and not dudt.requires_grad
+    assert all(close(a, b, 1e-12) for a, b in zip((u, v_head), net(x, t, r, y, guidance)))
+    kappa = guidance.kappa
+    alone = imf.imf_velocity(params, x, t, y, kappa)
+    assert close(alone, net(x, t, t, y, imf.at_all_times(kappa))[1], 1e-12)
+
+
+def test_tangents_in_bfloat16():
+    """du/dt is right to 2 %, and no worse than torch.func.jvp's."""
+    errors = []
+    for seed in range(4):
+        params, (x, y, draws) = small(seed, (128, 2, 2, 2)), batch(seed, 6)
+        _, t, r, _, guidance = draws
+        v = torch.randn(x.shape, generator=torch.Generator().manual_seed(seed)).double()
+        exact = imf.imf_jvp(params, x, t, r, y, guidance, v)[2]
+        params = {k: p.float() for k, p in params.items()}
+        x, t, r, v, *guidance = (a.float() for a in (x, t, r, v, *guidance))
+        guidance = imf.Guidance(*guidance)
+        with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+            ours = imf.imf_jvp(params, x, t, r, y, guidance, v)[2]
+            net = partial(imf.imf, params)
+            theirs = meanflow.derivative(lambda *a: net(*a, guidance)[0], x, t, r, v, y)
+        errors.append([((a - exact).norm() / exact.norm()).item() for a in (ours, theirs)])
+    ours, theirs = torch.tensor(errors).mean(0)
+    assert ours < 0.02 and ours <= 1.05 * theirs, (ours, theirs)
+
+
+@pytest.mark.parametrize("size, units", [("iB/2", 7.0), ("iXL/2", 5.5)])
+def test_a_step_costs_5_forwards_and_3_of_a_head(size, units):
+    """In forwards of the u path over the whole batch, counted by torch's flop counter."""
+    wide, shared, heads, patch = imf.SIZES[size]
+    meta = partial(torch.empty, device="meta")
+    tensors = imf.shapes(imf.Config(wide, shared, heads, patch, 4, 1000, True))
+    params = {name: meta(shape, requires_grad=True) for name, shape in tensors.items()}
+    x, t = meta(8, 4, 32, 32), meta(8)
+    y, guidance = meta(8, dtype=torch.int64), imf.Guidance(t, t, t)
+    draws = imf.Draws(x, t, t, meta(8, dtype=torch.bool), guidance)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        sampling = {k: p for k, p in params.items() if not k.startswith("v_heads")}
+        imf.imf(sampling, x, t, t, y, guidance)
+    unit = counter.get_total_flops()
+    ways = dict(dual=partial(imf.imf_jvp, params), velocity=partial(imf.imf_velocity, params))
+    with FlopCounterMode(display=False) as counter:
+        net = partial(imf.imf, params)
+        imf.fast_loss(net, x, y, draws, null=1000, equal=4, **ways)[0].mean().backward()
+    assert counter.get_total_flops() <= 1.02 * units * unit
+
+
+# --- names, sizes, draws ---
+
+
+def test_parameters_are_the_published():
+    counts = {
+        "iB/2": (88_948_256, 145_596_960, 186, 290),
+        "iM/2": (173_921_312, 230_570_016, 342, 446),
+        "iL/2": (409_071_648, 509_752_352, 446, 550),
+        "iXL/2": (610_433_056, 711_113_760, 654, 758),
+    }
+    for size, (sampling, training, few, many) in counts.items():
+        wide, shared, heads, patch = imf.SIZES[size]
+        for trains, numbers, tensors in ((False, sampling, few), (True, training, many)):
+            found = imf.shapes(imf.Config(wide, shared, heads, patch, 4, 1000, trains))
+            blocks = shared + heads * (1 + trains)
+            assert len(found) + 2 * blocks == tensors  # q, k, v are one here
+            assert sum(int(np.prod(shape)) for shape in found.values()) == numbers
+
+
+@pytest.mark.parametrize("form", ["net.{}", "net.{}", "{}"])
+@pytest.mark.parametrize("flax", [True, False])
+def test_published_names_are_read(form, flax):
+    tensors = {}
+    for name, p in published().items():
+        if flax and "norm" not in name and not name.startswith("x_embedder"):
+            name = name.replace("_table.weight", "_table._flax_embedding.weight")
+            if "_flax_embedding" not in name:
+                for end in ("weight", "bias"):
+                    name = (
+                        name.removesuffix(end)
+                        + "_flax_linear." * name.endswith(end)
+                        + end * (name.endswith(end))
+                    )
+        tensors[form.format(name)] = p
+    params = imf.convert(tensors)
+    assert imf.config(params) == (128, 1, 2, 2, 4, 10, True)
+    assert params.keys() == imf.shapes(imf.config(params)).keys()
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (
+            {"shared_blocks.0.attn.k_proj.weight": None},
+            "shared_blocks.0.attn.k_proj.weight is miss",
+        ),
+        ({"u_heads.1.mlp.w2.weight": None}, "u_heads.1.mlp.w2.weight is missing, should be (128,"),
+        ({"z_tokens": torch.ones(2)}, "z_tokens is (2,), should be absent"),
+        ({"time_tokens": torch.ones(2, 128)}, "time_tokens is (2, 128), should be (4, 128)"),
+        ({"x_embedder.proj.weight": None}, "not the weights of an iMF"),
+    ],
+)
+def test_other_tensors_are_named(change, words):
+    tensors = {k: p for k, p in (published() | change).items() if p is not None}
+    with pytest.raises(ValueError) as error:
+        imf.convert(tensors)
+    assert words in str(error.value)
+
+
+def test_draws():
+    draws = imf.draw((4000, 2), generator=torch.Generator().manual_seed(0))
+    kappa, low, high = draws.guidance
+    first = torch.arange(4000) < 2000
+    assert (draws.t == draws.r).tolist() == first.tolist()
+    assert (low[first] == 0).all() and (high[first] == 1).all()
+    assert low[~first].max() < 0.5 <= high[~first].min()
+    assert abs(low[~first].mean() - 0.25) < 0.02 and abs(high[~first].mean() - 0.75) < 0.02
+    omega = 1 / (1 - kappa)
+    assert omega.min() >= 1 and omega.max() < 8
+    assert abs(omega.log().mean() - np.log(8) / 2) < 0.05  # log-uniform
+    assert draws.drop.sum() > 300 and draws.drop[: draws.drop.sum()].all()
+
+
+def test_the_initial_network_says_zero():
+    params = imf.init((128, 1, 1, 2), channels=3, classes=5, generator=torch.Generator())
+    x, y, draws = batch(0, 4, dtype=torch.float32)
+    u, v = imf.imf(params, x, draws.t, draws.r, y, draws.guidance)
+    assert not u.any() and not v.any() and params["shared_blocks.0.norm1.weight"].eq(1).all()
+    assert params["shared_blocks.0.attn.qkv.weight"].std() == pytest.approx(
+        0.32 / 128**0.5, rel=0.02
+    )
+    assert params["h_embedder.mlp.0.weight"].std() == pytest.approx(1 / 16, rel=0.02)
+
+
+# --- flows whose answer is known ---
+
+MEAN = torch.tensor([[2.0, -1.0], [-1.0, 0.5], [0.0, 0.0]], dtype=torch.float64)  # by class
+SPREAD = torch.tensor([0.5, 0.7, 1.3], dtype=torch.float64)
+
+
+def gaussian_velocity(z, t, y):
+    """Return E[e - x | z] of x ~ N(MEAN[y], SPREAD[y]^2)."""
+    t, s = t[:, None], SPREAD[y][:, None]
+    a, variance = 1 - t, (1 - t) ** 2 * s**2 + t**2
+    return (t - a * s**2) / variance * (z - a * MEAN[y]) - MEAN[y]
+
+
+def gaussian_average(z, t, r, y):
+    """Return u of the same flow: its map scales the distance from the mean by the deviation."""
+    t, r, s = t[:, None], r[:, None], SPREAD[y][:, None]
+    deviation = [((1 - a) ** 2 * s**2 + a**2).sqrt() for a in (t, r)]
+    at_r = (1 - r) * MEAN[y] + deviation[1] / deviation[0] * (z - (1 - t) * MEAN[y])
+    return torch.where(t == r, gaussian_velocity(z, t[:, 0], y), (z - at_r) / (t - r))
+
+
+@given(st.integers(0, 10**6))
+def test_the_true_average_velocity_is_stationary(seed):
+    """With the marginal velocity for e - x, and unguided, V is that velocity: no error is left."""
+    g = torch.Generator().manual_seed(seed)
+    z = torch.randn(6, 2, generator=g).double()
+    r, t = torch.rand(2, 6, generator=g).double().sort(0).values
+    y = torch.arange(6) % 2
+    v = gaussian_velocity(z, t, y)
+
+    def net(z, t, r, y, guidance):
+        return gaussian_average(z, t, r, y), gaussian_velocity(z, t, y)
+
+    x = z - t[:, None] * v  # so that the conditional velocity is the marginal one
+    none = imf.Guidance(torch.zeros_like(t), torch.zeros_like(t), torch.ones_like(t))
+    draws = imf.Draws(x + v, t, r, torch.zeros(6, dtype=torch.bool), none)
+    _, raw = imf.loss(net, x, y, draws, null=2)
+    assert raw.max() < 1e-20
+
+
+@given(st.integers(0, 10**6), st.floats(1, 8))
+def test_the_guided_velocity_is_stationary_at_scale_omega_within_the_interval(seed, omega):
+    """Its fixed point is omega v(y) + (1 - omega) v(null) inside; v(y) outside, or if dropped."""
+    g = torch.Generator().manual_seed(seed)
+    z, t = torch.randn(8, 2, generator=g).double(), torch.rand(8, generator=g).double()
+    low, high = torch.rand(2, 8, generator=g).double().sort(0).values
+    y, drop = torch.arange(8) % 2, torch.arange(8) < 2
+    low[:2], high[:2] = 0, 1  # a row of the null class learns it with any kappa
+    v = gaussian_velocity(z, t, torch.where(drop, 2, y))
+
+    def net(z, t, r, y, guidance):
+        inside = (guidance.low <= t) & (t <= guidance.high) & (y != 2)
+        scale = torch.where(inside, 1 / (1 - guidance.kappa), 1)[:, None]
+        null = gaussian_velocity(z, t, torch.full_like(y, 2))
+        v = scale * gaussian_velocity(z, t, y) + (1 - scale) * null
+        return v, v
+
+    kappa = torch.full_like(t, 1 - 1 / omega)
+    draws = imf.Draws(z + (1 - t[:, None]) * v, t, t, drop, imf.Guidance(kappa, low, high))
+    _, raw = imf.loss(net, z - t[:, None] * v, y, draws, null=2)
+    assert raw.max() < 1e-18 * omega**2
+
+
+# --- files to draw from ---
+
+
+def saved(path, tensors=None):
+    torch.save({f"net.{k}": p for k, p in (tensors or published()).items()}, path)
+    return path
+
+
+def draw_from(path, tmp_path, capsys, *flags):
+    words = [str(path), "--fid", "digits", "--count", "4", *flags]
+    sample.main(words, data.World())
+    return json.loads(capsys.readouterr().out)
+
+
+def grey(trains=False):
+    """Return an iMF of 1-channel 8x8 images as it is published: without the v head's blocks."""
+    g = torch.Generator().manual_seed(0)
+    params = imf.init((64, 1, 1, 2), channels=1, classes=3, generator=g)
+    params = {k: p + 0.1 * torch.randn(p.shape, generator=g) for k, p in params.items()}
+    return {k: p for k, p in params.items() if trains or not k.startswith("v_heads")}
+
+
+def test_published_weights_are_drawn_from(tmp_path, monkeypatch):
+    """With latents of their own mean and deviation, at the published guidance of their size."""
+    tensors = published()
+    seen = []
+    monkeypatch.setattr(sample, "image_size", lambda *_: ("latents", 8))
+    monkeypatch.setattr(data, "load_vae", lambda *_: {})
+    monkeypatch.setattr(data, "decode", lambda vae, z: seen.append(z) or z[:, :3])
+    path = saved(tmp_path / "iMF.pth", tensors)
+    words = [str(path), "--vae", "x", "--classes", "3,1", "--out", str(tmp_path / "x.png")]
+    sample.main([*words, "--omega", "8", "--interval", "0.4,0.65"], data.World())
+    params, e = imf.convert(tensors), sample.noise(0, range(2), (4, 8, 8))
+    guidance = imf.Guidance(*(torch.full((2,), v) for v in (1 - 1 / 8, 0.4, 0.65)))
+    one = torch.ones(2)
+    x = e - imf.imf(params, e, one, 0 * one, torch.tensor([3, 1]), guidance)[0]
+    mean, std = (torch.tensor(a)[:, None, None] for a in imf.LATENTS.values())
+    assert close(seen[0], x * std + mean, 1e-5)
+
+
+def test_the_guidance_of_a_run_is_the_published_or_that_of_the_flags(tmp_path, capsys, monkeypatch):
+    path = tmp_path / "x.safetensors"
+    save_file(grey(), path, {"kind": "pixels", "resolution": "8"})
+    assert draw_from(path, tmp_path, capsys)["guidance"] == [8.0, 0.4, 0.65]
+    line = draw_from(path, tmp_path, capsys, "--omega", "3", "--interval", "0.1,0.9")
+    assert line["guidance"] == [3.0, 0.1, 0.9]
+    monkeypatch.setitem(imf.PUBLISHED, (64, 2), (10.5, 0.4, 0.6))
+    monkeypatch.setitem(imf.TWO_STEPS, (64, 2), (4.0, 0.36, 0.64))
+    assert draw_from(path, tmp_path, capsys)["guidance"] == [10.5, 0.4, 0.6]
+    assert draw_from(path, tmp_path, capsys, "--steps", "2")["guidance"] == [4.0, 0.36, 0.64]
+    save_file(grey(trains=True), path, {"kind": "pixels", "resolution": "8"})
+    assert draw_from(path, tmp_path, capsys)["fid"] > 0
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (["--omega", "0.5"], "--omega 0.5: give 1 or more"),
+        (
+            ["--interval", "0.6,0.4"],
+            "--interval 0.6,0.4: give two times in [0, 1], the lower first",
+        ),
+        (["--interval", "0.6"], "--interval 0.6: give two times in [0, 1], the lower first"),
+        (["--convention", "sit"], "--convention would be ignored as "),
+        (["--scale", "2"], "x.pth is an iMF: leave it out"),
+    ],
+)
+def test_bad_guidance(monkeypatch, tmp_path, flags, words):
+    torch.save(grey(), tmp_path / "x.pth")
+    monkeypatch.setattr(sample, "image_size", lambda *_: ("pixels", 8))
+    with pytest.raises(ValueError) as error:
+        sample.main([str(tmp_path / "x.pth"), *flags], data.World())
+    assert words in str(error.value)
+
+
+def test_a_dit_takes_no_omega_and_training_takes_no_imf(monkeypatch, tmp_path):
+    g = torch.Generator().manual_seed(0)
+    path = tmp_path / "dit.safetensors"
+    dit = model.init((64, 1, 2), channels=1, classes=3, generator=g)
+    save_file(dit, path, {"kind": "pixels", "resolution": "8"})
+    with pytest.raises(ValueError, match="--omega would be ignored as .* is no iMF: leave it out"):
+        sample.main([str(path), "--omega", "3"], data.World())
+    torch.save(grey(), tmp_path / "x.pth")
+    with pytest.raises(ValueError, match="x.pth is an iMF, which is drawn from only"):
+        train.warm_start(dit, tmp_path / "x.pth", None, list("abc"))
+
+
+def test_other_weights_of_an_imf_are_named(tmp_path):
+    tensors = published()
+    del tensors["time_tokens"]
+    with pytest.raises(
+        ValueError, match=r"x.pth: time_tokens is missing, should be \(4, 128\): give"
+    ):
+        sample.load(saved(tmp_path / "x.pth", tensors))
