@@ -8,8 +8,8 @@ velocity; a second head learns that velocity.
 
     python imf.py     print the sizes and their parameters
 
-A network is any callable net(z, t, r, y, guidance) -> (u, v), both (B, ...). Symbols as in
-meanflow.py, and
+A network is any callable net(z, t, r, y, guidance) -> (u, v), both (B, ...), where guidance is
+Guidance or Draws. Symbols as in meanflow.py, and
 
     kappa      1 - 1/omega for a guidance of scale omega                        (B,)
     low, high  times between which it acts                                      (B,)
@@ -48,6 +48,7 @@ LATENTS = {  # of sd-vae-ft-mse, by channel: an iMF makes (latent - mean) / std
     "std": (4.85503674, 5.31922414, 3.93725398, 3.9870003),
 }
 PUBLISHED = {  # omega, low, high to sample with, by (width, blocks on the way to u)
+    (64, 4): (2.0, 0.0, 1.0),  # ours, for the digits
     (768, 12): (8.0, 0.40, 0.65),
     (768, 24): (10.5, 0.40, 0.60),
     (1024, 32): (10.5, 0.40, 0.60),
@@ -55,6 +56,7 @@ PUBLISHED = {  # omega, low, high to sample with, by (width, blocks on the way t
 }
 TWO_STEPS = {(1024, 48): (4.0, 0.36, 0.64)}
 SIZES = {  # width, shared blocks, blocks of a head, patch
+    "iT/2": (64, 2, 2, 2),  # not the paper's: for the 8x8 digits
     "iB/2": (768, 4, 8, 2),
     "iM/2": (768, 16, 8, 2),
     "iL/2": (1024, 24, 8, 2),
@@ -78,7 +80,9 @@ class Draws(NamedTuple):
     t: torch.Tensor  # (B,)       time
     r: torch.Tensor  # (B,)       earlier time, r <= t
     drop: torch.Tensor  # (B,) bool  rows whose label is dropped
-    guidance: Guidance
+    kappa: torch.Tensor  # (B,)      and its interval, as in Guidance
+    low: torch.Tensor  # (B,)
+    high: torch.Tensor  # (B,)
 
 
 def draw(shape, *, generator, share=0.5, most=8.0):
@@ -92,13 +96,19 @@ def draw(shape, *, generator, share=0.5, most=8.0):
     kappa, low, high = 1 - most**-kappa, low / 2, (1 + high) / 2
     first = torch.arange(shape[0], device=t.device) < int(share * shape[0])
     low, high = torch.where(first, 0, low), torch.where(first, 1, high)
-    return Draws(e, t, r, drop, Guidance(kappa, low, high))
+    return Draws(e, t, r, drop, kappa, low, high)
+
+
+def normalize(latents):
+    """Return latents of the VAE, (B, 4, H, W), unscaled, as an iMF makes them."""
+    mean, std = (latents.new_tensor(a)[:, None, None] for a in LATENTS.values())
+    return (latents - mean) / std
 
 
 def gate(t, guidance):
     """Return kappa where t lies in the closed interval, and 0 elsewhere."""
-    kappa, low, high = guidance
-    return torch.where((low <= t) & (t <= high), kappa, 0)
+    inside = (guidance.low <= t) & (t <= guidance.high)
+    return torch.where(inside, guidance.kappa, 0)
 
 
 def at_all_times(kappa):
@@ -113,17 +123,17 @@ def loss(net, x, y, draws, *, null, p=1, c=0.01):
     differs from the paper: the v head learns the guided velocity, not e - x, as in the authors'
     code; they agree without guidance.
     """
-    e, t, r, drop, guidance = draws
+    e, t, r, drop, *_ = draws
     z, v = interpolate(x, e, t)
     with torch.no_grad():
-        kappa = gate(t, guidance)
+        kappa = gate(t, draws)
         v_class = net(z, t, t, y, at_all_times(kappa))[1]
         v_null = net(z, t, t, torch.full_like(y, null), at_all_times(0 * kappa))[1]
         v_guided = v + append_dims(kappa, v) * (v_class - v_null)
         v_guided = torch.where(append_dims(drop, v), v, v_guided)
     y = torch.where(drop, null, y)
-    dudt = meanflow.derivative(lambda *a: net(*a, guidance)[0], z, t, r, v_class, y)
-    u, v_head = net(z, t, r, y, guidance)
+    dudt = meanflow.derivative(lambda *a: net(*a, draws)[0], z, t, r, v_class, y)
+    u, v_head = net(z, t, r, y, draws)
     return velocity_loss(u, v_head, dudt, v_guided, t, r, p, c)
 
 
@@ -134,7 +144,7 @@ def velocity_loss(u, v_head, dudt, v_guided, t, r, p, c):
     return rows_u + rows_v, torch.stack((s_u, s_v), 1)
 
 
-def fast_loss(net, x, y, draws, *, null, p=1, c=0.01, dual, velocity, equal=None):
+def fast_loss(x, y, draws, *, null, p=1, c=0.01, dual, velocity, equal=None):
     """Return what `loss` returns at least cost, by not evaluating what is known.
 
     Where r = t no du/dt is needed, and the class velocity is the v head of the forward pass itself.
@@ -142,17 +152,17 @@ def fast_loss(net, x, y, draws, *, null, p=1, c=0.01, dual, velocity, equal=None
     dual(z, t, r, y, guidance, dz) -> (u, v, du/dt of the last len(dz) rows), partial(imf_jvp,
     params). equal: as in meanflow.fast_loss.
     """
-    e, t, r, drop, guidance = draws
+    e, t, r, drop, *_ = draws
     z, v = interpolate(x, e, t)
     n = count_equal(t, r) if equal is None else equal
-    kappa = gate(t, guidance)
+    kappa = gate(t, draws)
     with torch.no_grad():  # null velocities of all rows and class velocities where r != t
         rows = torch.cat((z, z[n:])), torch.cat((t, t[n:]))
         labels = torch.cat((torch.full_like(y, null), y[n:]))
         v_null, v_class = velocity(*rows, labels, torch.cat((0 * kappa, kappa[n:]))).split(
             [len(x), len(x) - n]
         )
-    u, v_head, dudt = dual(z, t, r, torch.where(drop, null, y), guidance, v_class)
+    u, v_head, dudt = dual(z, t, r, torch.where(drop, null, y), draws, v_class)
     v_class = torch.cat((v_head[:n], v_class))
     v_guided = v + append_dims(kappa, v) * (v_class - v_null)
     v_guided = torch.where(append_dims(drop, v), v, v_guided)
@@ -308,12 +318,11 @@ def block(w, x, rope):
 
 def embed(params, z, h, y, guidance):
     """Return all tokens, (B, 20 + N, D): those of the conditions, then those of the patches."""
-    kappa, low, high = guidance
     conditions = {
         "class": embed_label(params, y),
-        "omega": embed_time(params, "omega_embedder", kappa),
-        "t_min": embed_time(params, "cfg_t_start_embedder", low),
-        "t_max": embed_time(params, "cfg_t_end_embedder", high),
+        "omega": embed_time(params, "omega_embedder", guidance.kappa),
+        "t_min": embed_time(params, "cfg_t_start_embedder", guidance.low),
+        "t_max": embed_time(params, "cfg_t_end_embedder", guidance.high),
         "time": embed_time(params, "h_embedder", h),
     }
     tokens = [params[f"{name}_tokens"] + c for name, c in conditions.items()]
@@ -342,7 +351,7 @@ def imf(params, z, t, r, y, guidance, *, block=block):
     """Return the average velocity u and the velocity v, both shaped like z.
 
     z: (B, C, H, W); t, r: (B,) in [0, 1], of which only t - r is used; y: (B,) int64 in
-    [0, classes]; guidance: Guidance. v is None if the parameters have no v head.
+    [0, classes]; guidance: Guidance or Draws. v is None if the parameters have no v head.
     """
     x, rope = trunk(params, z, t - r, y, guidance, block)
     u = head(params, "u", x, rope, z, block)
@@ -351,6 +360,7 @@ def imf(params, z, t, r, y, guidance, *, block=block):
 
 def guided(params, omega, low, high):
     """Return net(z, t, r, y) -> u, as meanflow.sample takes it, with one guidance for all rows."""
+    params = {name: p for name, p in params.items() if not name.startswith("v_")}
 
     def net(z, t, r, y):
         guidance = (torch.full_like(t, value) for value in (1 - 1 / omega, low, high))

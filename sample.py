@@ -232,15 +232,26 @@ def load_imf(path, tensors, metadata, device):
         params = imf.convert(tensors)
     except ValueError as error:
         raise ValueError(f"{path}: {error}: {WEIGHTS}") from None
-    width, shared, heads, patch, channels, classes, _ = imf.config(params)
+    width, _, _, patch, channels, classes, _ = imf.config(params)
     data.check_tensors(path, params, {k: tuple(p.shape) for k, p in params.items()}, WEIGHTS)
     kind, side = image_size(path, (width, 0, patch, channels, classes), tensors, metadata)
     used = {k: p.float().to(device) for k, p in params.items() if not k.startswith("v_")}
-    found = ImageModel(used, kind, (channels, side, side))
-    if kind == "latents":
-        mean, std = (torch.tensor(a, device=device)[:, None, None] for a in imf.LATENTS.values())
-        found = found._replace(scale=1 / std, shift=mean)
-    return found._replace(guidance=imf.PUBLISHED.get((width, shared + heads), (8.0, 0.4, 0.65)))
+    return imf_model(used, kind, (channels, side, side))
+
+
+def imf_model(params, kind, shape):
+    """Return the ImageModel of an iMF's parameters, with the guidance for its size."""
+    config, device = imf.config(params), params[LABELS].device
+    size = config.width, config.shared + config.heads
+    found = ImageModel(params, kind, shape, guidance=imf.PUBLISHED.get(size, (8.0, 0.4, 0.65)))
+    if kind == "pixels":
+        return found
+    mean, std = (torch.tensor(a, device=device)[:, None, None] for a in imf.LATENTS.values())
+    return found._replace(scale=1 / std, shift=mean)
+
+
+def count_classes(params):
+    return len(params[LABELS]) - 1
 
 
 # --- samples ---
@@ -476,7 +487,7 @@ def main(argv, world):
     args = parse_arguments(argv)
     model = load(args.checkpoint, world.device, args.convention)
     check_picture(args.out, image_shape(model.kind, model.shape)[0])
-    classes = parse_classes(args.classes, len(model.params[LABELS]) - 1)
+    classes = parse_classes(args.classes, count_classes(model.params))
     if model.guidance:
         data.refuse(args, ["convention", "scale"], f"as {args.checkpoint} is an iMF")
         model = model._replace(guidance=choose_guidance(args, model))

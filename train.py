@@ -38,9 +38,10 @@ from tqdm import tqdm
 
 import data
 import fid
+import imf
 import sample
-from meanflow import Draws, count_equal, draw, fast_loss
-from model import SIZES, block, block_jvp, config, dit, dit_jvp, init
+from meanflow import count_equal, draw, fast_loss
+from model import SIZES, block, block_jvp, dit, dit_jvp, init
 
 SHARE = 0.75  # of the rows have r = t
 LOG_EVERY = 50  # steps
@@ -59,6 +60,7 @@ class Recipe(NamedTuple):
     epochs: int
     images: int  # of the data set that the epochs are for
     ema: float
+    warmup: int = 0  # steps in which lr grows from 0
 
 
 RECIPES = {  # Table 4 and the authors' code, for each of model.SIZES
@@ -68,6 +70,12 @@ RECIPES = {  # Table 4 and the authors' code, for each of model.SIZES
     "M/2": Recipe(1.0, 0.5, (0.0, 1.0), 1e-4, 256, 240, 1281167, 0.9999),  # guidance assumed
     "L/2": Recipe(0.2, 0.92, (0.0, 0.8), 1e-4, 256, 240, 1281167, 0.9999),
     "XL/2": Recipe(0.2, 0.92, (0.0, 0.75), 1e-4, 256, 240, 1281167, 0.9999),
+    # improved MeanFlow, whose guidance is drawn; the authors' code, for each of imf.SIZES
+    "iT/2": Recipe(1.0, 0.0, (0.0, 1.0), 3e-3, 64, 107, 1797, 0.998),
+    "iB/2": Recipe(1.0, 0.0, (0.0, 1.0), 1e-4, 1024, 640, 1281167, 0.9999, 12_510),
+    "iM/2": Recipe(1.0, 0.0, (0.0, 1.0), 1e-4, 1024, 640, 1281167, 0.9999, 12_510),
+    "iL/2": Recipe(1.0, 0.0, (0.0, 1.0), 1e-4, 1024, 640, 1281167, 0.9999, 12_510),
+    "iXL/2": Recipe(1.0, 0.0, (0.0, 1.0), 1e-4, 1024, 800, 1281167, 0.9999, 12_510),
 }
 
 
@@ -89,6 +97,10 @@ class State(NamedTuple):
     adam: torch.optim.Adam
 
 
+def is_imf(params):
+    return "class_tokens" in params
+
+
 class Objective(torch.nn.Module):
     """A module whose forward is the loss, for DistributedDataParallel to wrap.
 
@@ -102,17 +114,24 @@ class Objective(torch.nn.Module):
         # One compiled block serves for all: as fast, on a CPU, as one graph of everything, which
         # takes five times as long to compile at depth 12, and longer the deeper it is.
         compile = partial(torch.compile, fullgraph=True, dynamic=False) if compiled else lambda f: f
-        net = partial(dit, params, block=compile(block))
-        dual = partial(dit_jvp, params, block_jvp=compile(block_jvp))
-        guidance = dict(omega=recipe.omega, kappa=recipe.kappa, interval=recipe.interval)
-        null = config(params).classes
-        self.loss = partial(fast_loss, net, dual=dual, null=null, **guidance)
+        null = sample.count_classes(params)
+        if is_imf(params):
+            one = dict(block=compile(imf.block))
+            dual = partial(imf.imf_jvp, params, **one, block_jvp=compile(imf.block_jvp))
+            velocity = partial(imf.imf_velocity, params, **one)
+            self.loss = partial(imf.fast_loss, dual=dual, velocity=velocity, null=null)
+        else:
+            net = partial(dit, params, block=compile(block))
+            dual = partial(dit_jvp, params, block_jvp=compile(block_jvp))
+            guidance = dict(omega=recipe.omega, kappa=recipe.kappa, interval=recipe.interval)
+            self.loss = partial(fast_loss, net, dual=dual, null=null, **guidance)
         self.mixed = precision == "bfloat16"
 
     def forward(self, x, y, draws, equal):
         """Return the mean loss, and each row's t, r, loss and raw squared error, (B, 4)."""
         with torch.autocast(x.device.type, torch.bfloat16, enabled=self.mixed):
             loss, raw = self.loss(x, y, draws, equal=equal)
+        raw = raw.reshape(len(raw), -1)[:, 0]  # of u
         return loss.mean(), torch.stack((draws.t, draws.r, loss.detach(), raw), 1)
 
 
@@ -128,10 +147,11 @@ def parallel(objective, world):
     return DistributedDataParallel(objective, process_group=group, gradient_as_bucket_view=True)
 
 
-def stream(dataset, batch, seed, start, world, parts=1):
+def stream(dataset, batch, seed, start, world, parts=1, improved=False):
     """Yield, from step `start` on, this process's rows on its device, in so many parts.
 
-    A part is (x, y, draws, how many of its first rows have r = t). Draws are made on the CPU for
+    A part is (x, y, draws, how many of its first rows have r = t); draws are imf.Draws if
+    `improved`. Draws are made on the CPU for
     the whole batch, so any number of processes, on any device, trains the same run. A thread
     prepares the steps to come.
     """
@@ -140,13 +160,17 @@ def stream(dataset, batch, seed, start, world, parts=1):
         rank, size = world.rank, world.size
         x, y = data.batch(dataset, batch, seed=seed, step=step, rank=rank, world=size)
         g = data.generator(seed, "draws", step)
-        draws = draw((batch, *dataset.shape), generator=g, share=SHARE)
-        rows, made = [x, y, *(d[rank::size] for d in draws)], []
+        if not improved:
+            whole = draw((batch, *dataset.shape), generator=g, share=SHARE)
+        else:
+            whole = imf.draw((batch, *dataset.shape), generator=g)
+            x = imf.normalize(x / data.SCALE) if dataset.kind == "latents" else x
+        rows, made = [x, y, *(d[rank::size] for d in whole)], []
         for k in range(parts):
             part = [a[k::parts] for a in rows]
             equal = count_equal(part[3], part[4])
             x, y, *draws = (a.to(world.device) for a in part)
-            made.append((x, y, Draws(*draws), equal))
+            made.append((x, y, type(whole)(*draws), equal))
         return made
 
     return data.prefetch(make, count(start))
@@ -303,7 +327,7 @@ def log_scores(log, args, model, scorer, world):
     """
     if scorer is None:
         return
-    due, labels = [], torch.arange(args.count) % config(model.params).classes
+    due, labels = [], torch.arange(args.count) % sample.count_classes(model.params)
     if log:
         lines = [json.loads(line) for line in (args.out / "log.jsonl").read_text().splitlines()]
         scored = [line["step"] for line in lines if is_score(line, args)]
@@ -355,10 +379,10 @@ def save_curve(folder):
 
 def save_grid(folder, step, model):
     """Write a picture of one-step samples, always from the same noise; return its path."""
-    classes = config(model.params).classes
+    classes = sample.count_classes(model.params)
     count = 10 * min(10, classes)  # ten of a class in each row, if they are ten or fewer
     labels = torch.arange(count) * classes // count
-    x = sample.generate(model.params, labels, model.shape)
+    x = sample.generate(model.params, labels, model.shape, guidance=model.guidance)
     path = folder / f"grid-{step:08}.png"
     sample.save_grid(sample.to_uint8(x, model), path)
     return path
@@ -383,8 +407,9 @@ def report(model, dataset, folder, step):
     print("median distance to the nearest real")
     for steps in (1, 2, 4):
         classes = torch.arange(1000) % len(dataset.classes)
-        x = sample.generate(model.params, classes, model.shape, steps=steps).clamp(-1, 1)
-        x = x.flatten(1).cpu()
+        options = dict(steps=steps, guidance=model.guidance)
+        x = sample.generate(model.params, classes, model.shape, **options)
+        x = x.clamp(-1, 1).flatten(1).cpu()
         line(f"{steps} step(s)", x, classes, x, reals)
     line("real images", reals, labels, reals[::2], reals[1::2], exclude_self=True)
 
@@ -433,8 +458,10 @@ def parse_arguments(argv):
     if args.guidance:
         changes |= parse_guidance(args.guidance)
     args.size, args.recipe = size, RECIPES[size]._replace(**changes)
-    args.data = args.data or ("digits" if size == "T/2" else "data/imagenet")
-    name = "digits" if args.data == "digits" else size.replace("/", "-")
+    if size in imf.SIZES:
+        data.refuse(args, ["guidance", "init"], f"as {size} draws its own and starts anew")
+    args.data = args.data or ("digits" if size in ("T/2", "iT/2") else "data/imagenet")
+    name = "digits" if (args.data, size) == ("digits", "T/2") else size.replace("/", "-")
     args.out = args.out or Path("runs", name)
     args.precision = args.precision or ("bfloat16" if torch.cuda.is_available() else "float32")
     args.count = args.count or 50_000
@@ -472,12 +499,14 @@ def load_dataset(args, world):
     Raises ValueError if it does not suit the other arguments.
     """
     dataset = data.load_data(args.data, world.rank, world.size)
-    *_, patch = SIZES[args.size]
+    *_, patch = (SIZES | imf.SIZES)[args.size]
     if any(side % patch for side in dataset.shape[1:]):
         found = f"{args.data} holds {dataset.shape}, not divisible by patches of {patch}"
         raise ValueError(f"{found}: choose another --size, or convert with another --resolution")
     if dataset.kind == "pixels":
         data.refuse(args, ["vae"], f"as {args.data} holds pixels")
+    elif args.size in imf.SIZES:
+        dataset = dataset._replace(mirror=False)  # as in the authors' code
     if len(dataset.classes) == 1:
         if args.guidance and args.guidance[:2] != [1, 0]:
             data.refuse(args, ["guidance"], f"as {args.data} has one class")
@@ -487,6 +516,7 @@ def load_dataset(args, world):
     if world.rank == 0:
         epochs = f"{args.steps:,} steps of {batch} are {args.steps * batch / images:,.0f} epochs"
         scale = f"guidance scale {recipe.omega / (1 - recipe.kappa):.3g}"
+        scale = "guidance scales 1 to 8" if args.size in imf.SIZES else scale
         classes = f"{len(dataset.classes):,} classes"
         print(f"{args.size} on {images:,} images of {classes}: {epochs}; {scale}")
     return dataset
@@ -531,7 +561,8 @@ def begin(args, dataset, start, world):
     """Return the State at step `start`: fresh, from --init, or restored."""
     channels, classes = dataset.shape[0], dataset.classes
     g = data.generator(args.seed, "init", 0)
-    params = init(args.size, channels=channels, classes=len(classes), generator=g)
+    fresh = imf.init if args.size in imf.SIZES else init
+    params = fresh(args.size, channels=channels, classes=len(classes), generator=g)
     if args.init is not None and not start:
         params, line = warm_start(params, args.init, args.convention, classes)
         if world.rank == 0:
@@ -563,7 +594,7 @@ def open_run(args, dataset, start, world):
     run |= args.recipe._asdict() | {"interval": list(args.recipe.interval)}
     lines = read_log(args.out, start, run)
     metadata = {
-        "model": f"MeanFlow (arXiv 2505.13447), averaged weights of a DiT-{args.size}",
+        "model": f"MeanFlow (arXiv 2505.13447), or improved (2512.02012), {args.size}, averaged",
         "kind": kind,
         "resolution": str(images[-1]),
         "classes": json.dumps(dataset.classes),
@@ -574,7 +605,8 @@ def open_run(args, dataset, start, world):
         raise ValueError("--fid needs --vae, sd-vae-ft-mse's file, to decode latents")
     scorer = fid.scorer(args.fid, args.inception, images, world) if args.fid else None
     state = begin(args, dataset, start, world)
-    model = sample.ImageModel(state.ema, kind, shape, vae)
+    make = sample.imf_model if is_imf(state.ema) else sample.ImageModel
+    model = make(state.ema, kind, shape)._replace(vae=vae)
     data.barrier()
     log = open_log(args.out, start, lines) if world.rank == 0 else None
     return model, scorer, state, metadata, log
@@ -621,6 +653,8 @@ def update(state, recipe, step):
     """
     params = [*state.params.values()]
     norm = torch.nn.utils.get_total_norm([p.grad for p in params])
+    if recipe.warmup:
+        state.adam.param_groups[0]["lr"] = recipe.lr * min(1, (step - 1) / recipe.warmup)
     state.adam.step()
     state.adam.zero_grad()
     decay = min(recipe.ema, (1 + step) / (10 + step))
@@ -654,7 +688,8 @@ def main(argv, world):
     terminated, stopped, history, in_saves = Event(), False, [], 0.0
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: terminated.set())
-    batches = stream(dataset, recipe.batch, args.seed, step, world, args.accumulate)
+    improved = is_imf(state.params)
+    batches = stream(dataset, recipe.batch, args.seed, step, world, args.accumulate, improved)
     steps = zip(range(step + 1, args.steps + 1), batches)
     progress = progress_bar(steps, step, args.steps, world)
     begun = clock = time.monotonic()
@@ -663,8 +698,7 @@ def main(argv, world):
         norm = update(state, recipe, step)
 
         stopped = step % ASK_EVERY == 0 and any_process(terminated.is_set())
-        share = in_saves / (time.monotonic() - begun)
-        saving = stopped or is_due(step, args, share, world)
+        saving = stopped or is_due(step, args, in_saves / (time.monotonic() - begun), world)
         if saving or step % LOG_EVERY == 0:
             rate = recipe.batch * len(history) / (time.monotonic() - clock)
             line = log_means(log, folder, history, norm.item(), rate)

@@ -3,13 +3,15 @@
 import json
 from functools import partial
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from safetensors.torch import save_file
+from processes import LAUNCH, finish, start
+from safetensors.torch import load_file, save_file
 from torch.utils.flop_counter import FlopCounterMode
 
 import data
@@ -56,8 +58,8 @@ def published():
 
 
 def golden_draws():
-    guidance = imf.Guidance(1 - 1 / golden("omega"), golden("low"), golden("high"))
-    return imf.Draws(golden("e"), golden("t"), golden("r"), golden("dropped"), guidance)
+    guidance = 1 - 1 / golden("omega"), golden("low"), golden("high")
+    return imf.Draws(golden("e"), golden("t"), golden("r"), golden("dropped"), *guidance)
 
 
 def close(got, want, tolerance):
@@ -83,12 +85,12 @@ def test_agrees_with_the_authors_code():
     u, v_head = seen[-1]
     assert close(u, golden("u"), 1e-5) and close(v_head, golden("v_head"), 1e-5)
     assert close(v_c, golden("v_c"), 1e-5)
-    kappa = imf.gate(draws.t, draws.guidance)
+    kappa = imf.gate(draws.t, draws)
     v_g = v + meanflow.append_dims(kappa, v) * (v_c - v_null)
     v_g = torch.where(meanflow.append_dims(draws.drop, v), v, v_g)
     assert close(v_g, golden("v_g"), 1e-5)
     labels = torch.where(draws.drop, 10, y)
-    _, _, dudt = imf.imf_jvp(params, z, draws.t, draws.r, labels, draws.guidance, v_c)
+    _, _, dudt = imf.imf_jvp(params, z, draws.t, draws.r, labels, draws, v_c)
     assert close(dudt, golden("dudt"), 1e-5)
     assert close(raw[:, 0], golden("s_u"), 1e-5) and close(raw[:, 1], golden("s_v"), 1e-5)
     assert rows.mean().item() == pytest.approx(float(golden("loss")), rel=1e-5)
@@ -126,15 +128,8 @@ def batch(seed, rows, share=0.5, dtype=torch.float64, drop=None):
     g = torch.Generator().manual_seed(seed)
     x = torch.randn(rows, 3, 4, 4, generator=g).to(dtype)
     draws = imf.draw(x.shape, generator=g, share=share)
-    e, t, r, dropped, guidance = draws
-    dropped = dropped if drop is None else torch.full_like(dropped, drop)
-    draws = imf.Draws(
-        e.to(dtype),
-        t.to(dtype),
-        r.to(dtype),
-        dropped,
-        imf.Guidance(*(a.to(dtype) for a in guidance)),
-    )
+    draws = draws._replace(drop=draws.drop if drop is None else torch.full_like(draws.drop, drop))
+    draws = imf.Draws(*(d.to(dtype) if d.is_floating_point() else d for d in draws))
     return x, torch.randint(5, (rows,), generator=g), draws
 
 
@@ -153,7 +148,7 @@ def test_the_fast_loss_is_the_loss(seed, rows, share, drop):
             ways = dict(
                 dual=partial(imf.imf_jvp, params), velocity=partial(imf.imf_velocity, params)
             )
-            each, raw = imf.fast_loss(partial(imf.imf, params), x, y, draws, null=5, **ways)
+            each, raw = imf.fast_loss(x, y, draws, null=5, **ways)
         else:
             each, raw = imf.loss(partial(imf.imf, params), x, y, draws, null=5)
         gradients = torch.autograd.grad(each.mean(), params.values(), allow_unused=True)
@@ -165,7 +160,8 @@ def test_the_fast_loss_is_the_loss(seed, rows, share, drop):
 
 def test_imf_jvp_is_torch_func_jvp():
     params, (x, y, draws) = small(), batch(3, 6)
-    _, t, r, _, guidance = draws
+    _, t, r, _, *guidance = draws
+    guidance = imf.Guidance(*guidance)
     v = torch.randn(x.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     net = partial(imf.imf, params)
     want = meanflow.derivative(lambda *a: net(*a, guidance)[0], x, t, r, v, y)
@@ -182,7 +178,8 @@ def test_tangents_in_bfloat16():
     errors = []
     for seed in range(4):
         params, (x, y, draws) = small(seed, (128, 2, 2, 2)), batch(seed, 6)
-        _, t, r, _, guidance = draws
+        _, t, r, _, *guidance = draws
+        guidance = imf.Guidance(*guidance)
         v = torch.randn(x.shape, generator=torch.Generator().manual_seed(seed)).double()
         exact = imf.imf_jvp(params, x, t, r, y, guidance, v)[2]
         params = {k: p.float() for k, p in params.items()}
@@ -206,15 +203,14 @@ def test_a_step_costs_5_forwards_and_3_of_a_head(size, units):
     params = {name: meta(shape, requires_grad=True) for name, shape in tensors.items()}
     x, t = meta(8, 4, 32, 32), meta(8)
     y, guidance = meta(8, dtype=torch.int64), imf.Guidance(t, t, t)
-    draws = imf.Draws(x, t, t, meta(8, dtype=torch.bool), guidance)
+    draws = imf.Draws(x, t, t, meta(8, dtype=torch.bool), *guidance)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         sampling = {k: p for k, p in params.items() if not k.startswith("v_heads")}
         imf.imf(sampling, x, t, t, y, guidance)
     unit = counter.get_total_flops()
     ways = dict(dual=partial(imf.imf_jvp, params), velocity=partial(imf.imf_velocity, params))
     with FlopCounterMode(display=False) as counter:
-        net = partial(imf.imf, params)
-        imf.fast_loss(net, x, y, draws, null=1000, equal=4, **ways)[0].mean().backward()
+        imf.fast_loss(x, y, draws, null=1000, equal=4, **ways)[0].mean().backward()
     assert counter.get_total_flops() <= 1.02 * units * unit
 
 
@@ -279,7 +275,7 @@ def test_other_tensors_are_named(change, words):
 
 def test_draws():
     draws = imf.draw((4000, 2), generator=torch.Generator().manual_seed(0))
-    kappa, low, high = draws.guidance
+    kappa, low, high = draws[4:]
     first = torch.arange(4000) < 2000
     assert (draws.t == draws.r).tolist() == first.tolist()
     assert (low[first] == 0).all() and (high[first] == 1).all()
@@ -294,7 +290,7 @@ def test_draws():
 def test_the_initial_network_says_zero():
     params = imf.init((128, 1, 1, 2), channels=3, classes=5, generator=torch.Generator())
     x, y, draws = batch(0, 4, dtype=torch.float32)
-    u, v = imf.imf(params, x, draws.t, draws.r, y, draws.guidance)
+    u, v = imf.imf(params, x, draws.t, draws.r, y, draws)
     assert not u.any() and not v.any() and params["shared_blocks.0.norm1.weight"].eq(1).all()
     assert params["shared_blocks.0.attn.qkv.weight"].std() == pytest.approx(
         0.32 / 128**0.5, rel=0.02
@@ -336,8 +332,8 @@ def test_the_true_average_velocity_is_stationary(seed):
         return gaussian_average(z, t, r, y), gaussian_velocity(z, t, y)
 
     x = z - t[:, None] * v  # so that the conditional velocity is the marginal one
-    none = imf.Guidance(torch.zeros_like(t), torch.zeros_like(t), torch.ones_like(t))
-    draws = imf.Draws(x + v, t, r, torch.zeros(6, dtype=torch.bool), none)
+    none = torch.zeros_like(t), torch.zeros_like(t), torch.ones_like(t)
+    draws = imf.Draws(x + v, t, r, torch.zeros(6, dtype=torch.bool), *none)
     _, raw = imf.loss(net, x, y, draws, null=2)
     assert raw.max() < 1e-20
 
@@ -360,7 +356,7 @@ def test_the_guided_velocity_is_stationary_at_scale_omega_within_the_interval(se
         return v, v
 
     kappa = torch.full_like(t, 1 - 1 / omega)
-    draws = imf.Draws(z + (1 - t[:, None]) * v, t, t, drop, imf.Guidance(kappa, low, high))
+    draws = imf.Draws(z + (1 - t[:, None]) * v, t, t, drop, kappa, low, high)
     _, raw = imf.loss(net, z - t[:, None] * v, y, draws, null=2)
     assert raw.max() < 1e-18 * omega**2
 
@@ -459,3 +455,103 @@ def test_other_weights_of_an_imf_are_named(tmp_path):
         ValueError, match=r"x.pth: time_tokens is missing, should be \(4, 128\): give"
     ):
         sample.load(saved(tmp_path / "x.pth", tensors))
+
+
+# --- training ---
+
+
+def train_imf(folder, steps, *flags):
+    words = ["--size", "iT", "--batch", "8", "--save", "2", "--steps", str(steps), *flags]
+    with mock.patch.object(train, "report", lambda *_: None):
+        train.main([*words, "--out", str(folder)], data.World())
+
+
+def test_the_recipe_is_the_authors():
+    for size, epochs in (("iB/2", 640), ("iM/2", 640), ("iL/2", 640), ("iXL/2", 800)):
+        recipe = train.RECIPES[size]
+        found = recipe.lr, recipe.batch, recipe.epochs, recipe.images, recipe.ema, recipe.warmup
+        assert found == (1e-4, 1024, epochs, 1281167, 0.9999, 12_510)
+
+
+def test_a_run_goes_on_bit_for_bit_and_is_drawn_from_with_any_guidance(tmp_path):
+    train_imf(tmp_path / "whole", 6)
+    train_imf(tmp_path / "half", 4)
+    train_imf(tmp_path / "half", 6)
+    for kind in ("ema", "state"):
+        whole, half = (
+            load_file(tmp_path / name / f"{kind}-00000006.safetensors")
+            for name in ("whole", "half")
+        )
+        assert all(torch.equal(half[name], p) for name, p in whole.items())
+    found = sample.load(tmp_path / "whole")
+    assert found.guidance == (2.0, 0.0, 1.0) and imf.config(found.params)[:3] == (64, 2, 2)
+    weak, strong = (
+        sample.generate(found.params, [3], found.shape, guidance=(omega, 0, 1)) for omega in (1, 8)
+    )
+    assert (weak != strong).any()
+
+
+def test_what_is_trained_is_the_loss(tmp_path):
+    """In parts and without, the rows' errors are those of the paper's form."""
+    g = torch.Generator().manual_seed(0)
+    params = imf.init("iT/2", channels=1, classes=10, generator=g)
+    params = {
+        k: torch.nn.Parameter(p + 0.1 * torch.randn(p.shape, generator=g))
+        for k, p in params.items()
+    }
+    objective = train.Objective(params, train.RECIPES["iT/2"], False)
+    for parts in (1, 2):
+        made = next(train.stream(data.digits(), 8, 0, 3, data.World(), parts, True))
+        assert [equal for *_, equal in made] == [4 // parts] * parts
+        for x, y, draws, equal in made:
+            want, raw = imf.loss(partial(imf.imf, params), x, y, draws, null=10)
+            loss, rows = objective(x, y, draws, equal)
+            assert loss.item() == pytest.approx(want.mean().item(), rel=1e-5)
+            assert torch.allclose(rows[:, 3], raw[:, 0], rtol=1e-4)
+
+
+def test_latents_are_normalised_and_not_mirrored(monkeypatch):
+    """By the mean and deviation of each channel, from the VAE's unscaled latents."""
+    raw = torch.randn(8, 4, 2, 2, generator=torch.Generator().manual_seed(0))
+    dataset = data.digits()._replace(kind="latents", shape=(4, 2, 2))
+    batch = raw * data.SCALE, torch.zeros(8, dtype=torch.int64)
+    monkeypatch.setattr(data, "batch", lambda *_, **__: batch)
+    [(x, *_)] = next(train.stream(dataset, 8, 0, 0, data.World(), 1, True))
+    mean, std = (torch.tensor(a)[:, None, None] for a in imf.LATENTS.values())
+    assert torch.allclose(x, (raw - mean) / std, atol=1e-5)
+    monkeypatch.setattr(data, "load_data", lambda *_: dataset._replace(mirror=True))
+    for size, mirror in (("iT", False), ("T", True)):
+        args = train.parse_arguments(["--size", size])
+        assert train.load_dataset(args, data.World()).mirror == mirror
+
+
+def test_the_step_size_grows_from_zero(tmp_path):
+    p = torch.nn.Parameter(torch.zeros(1))
+    adam = torch.optim.Adam([p], 7.0)
+    state = train.State({"p": p}, {"p": torch.zeros(1)}, adam)
+    recipe = train.RECIPES["iB/2"]._replace(warmup=4, lr=0.5)
+    for step, rate in enumerate((0, 0.125, 0.25, 0.375, 0.5, 0.5), 1):
+        p.grad = torch.ones(1)
+        train.update(state, recipe, step)
+        assert adam.param_groups[0]["lr"] == rate
+
+
+def test_an_imf_is_not_told_its_guidance_nor_started_from_others(tmp_path):
+    for flag in (["--guidance", "1", "0.5"], ["--init", "x.pt"]):
+        with pytest.raises(ValueError, match=f"{flag[0]} would be ignored as iT/2 draws its own"):
+            train.parse_arguments(["--size", "iT", *flag])
+
+
+@pytest.mark.slow  # starts processes
+def test_two_processes_train_the_same_run(tmp_path):
+    words = ["--size", "iT", "--batch", "8", "--save", "2", "--steps", "4", "--out"]
+    script = "tests/train_without_report.py"
+    finish(start(*LAUNCH, 2, script, *words, tmp_path / "two"))
+    train_imf(tmp_path / "one", 4)
+    one, two = (
+        [json.loads(line) for line in (tmp_path / name / "log.jsonl").read_text().splitlines()[1:]]
+        for name in ("one", "two")
+    )
+    for a, b in zip(one, two, strict=True):
+        for key in ("loss", "raw_equal", "raw_differ", "grad_norm"):
+            assert b[key] == pytest.approx(a[key], rel=1e-3)

@@ -25,6 +25,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 import data
+import imf
 import meanflow
 import model
 import sample
@@ -348,11 +349,12 @@ def test_recipes_are_the_papers():
             240,
             1281167,
             0.9999,
+            0,
         )
         assert (
             train.count_steps(train.RECIPES[size], 1281167) == 1_201_100
         )  # 240 * 1281167 / 256 = 1,201,094
-    assert train.RECIPES.keys() == model.SIZES.keys()
+    assert train.RECIPES.keys() == model.SIZES.keys() | imf.SIZES.keys()
 
 
 @pytest.mark.parametrize("parts", [1, 2])
