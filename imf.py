@@ -48,7 +48,7 @@ LATENTS = {  # of sd-vae-ft-mse, by channel: an iMF makes (latent - mean) / std
     "std": (4.85503674, 5.31922414, 3.93725398, 3.9870003),
 }
 PUBLISHED = {  # omega, low, high to sample with, by (width, blocks on the way to u)
-    (64, 4): (2.0, 0.0, 1.0),  # ours, for the digits
+    (64, 4): (1.5, 0.0, 1.0),  # ours, for the digits
     (768, 12): (8.0, 0.40, 0.65),
     (768, 24): (10.5, 0.40, 0.60),
     (1024, 32): (10.5, 0.40, 0.60),

@@ -484,7 +484,7 @@ def test_a_run_goes_on_bit_for_bit_and_is_drawn_from_with_any_guidance(tmp_path)
         )
         assert all(torch.equal(half[name], p) for name, p in whole.items())
     found = sample.load(tmp_path / "whole")
-    assert found.guidance == (2.0, 0.0, 1.0) and imf.config(found.params)[:3] == (64, 2, 2)
+    assert found.guidance == (1.5, 0.0, 1.0) and imf.config(found.params)[:3] == (64, 2, 2)
     weak, strong = (
         sample.generate(found.params, [3], found.shape, guidance=(omega, 0, 1)) for omega in (1, 8)
     )
