@@ -542,6 +542,21 @@ def test_an_imf_is_not_told_its_guidance_nor_started_from_others(tmp_path):
             train.parse_arguments(["--size", "iT", *flag])
 
 
+@pytest.mark.slow
+def test_the_compiled_loss_is_the_eager_one():
+    """A block serves for all, in one graph, with values and gradients."""
+    found = []
+    for compiled in (False, True):
+        params = {k: torch.nn.Parameter(p) for k, p in small(dtype=torch.float32).items()}
+        x, y, draws = batch(0, 8, dtype=torch.float32)
+        objective = train.Objective(params, train.RECIPES["iT/2"], compiled)
+        loss, rows = objective(x, y, draws, 4)
+        loss.backward()
+        found.append([rows, *(p.grad for p in params.values())])
+    for eager, quick in zip(*found):
+        assert (quick - eager).norm() <= 1e-4 * eager.norm() + 1e-7
+
+
 @pytest.mark.slow  # starts processes
 def test_two_processes_train_the_same_run(tmp_path):
     words = ["--size", "iT", "--batch", "8", "--save", "2", "--steps", "4", "--out"]
