@@ -239,7 +239,7 @@ def vae_shapes():
     return {f"{name}.weight": shape for name, shape in weights.items()} | biases
 
 
-def load_vae(path, device="cpu", dtype=torch.float32):
+def load_vae(path, device="cpu"):
     """Return the VAE's parameters, {name: float32 tensor}, from its safetensors file.
 
     -mse has SHA-256 a1d993488569e928462932c8c38a0760b874d166399b14414135bd9c42df5815; -ema has the
@@ -252,7 +252,7 @@ def load_vae(path, device="cpu", dtype=torch.float32):
         if "attentions" in name and p.ndim == 4:  # once made of 1x1 convolutions
             p = p.flatten(1)
         layout = torch.channels_last if p.ndim == 4 else torch.contiguous_format  # 15 % faster
-        vae[name] = p.to(device, dtype, memory_format=layout, copy=True)
+        vae[name] = p.to(device, torch.float32, memory_format=layout, copy=True)
     check_tensors(path, vae, vae_shapes(), FETCH)
     return vae
 

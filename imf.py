@@ -111,6 +111,12 @@ def gate(t, guidance):
     return torch.where(inside, guidance.kappa, 0)
 
 
+def guide(v, kappa, v_class, v_null, drop):
+    """Return the guided velocity, (B, ...); v itself where the label is dropped."""
+    v_guided = v + append_dims(kappa, v) * (v_class - v_null)
+    return torch.where(append_dims(drop, v), v, v_guided)
+
+
 def at_all_times(kappa):
     return Guidance(kappa, torch.zeros_like(kappa), torch.ones_like(kappa))
 
@@ -129,8 +135,7 @@ def loss(net, x, y, draws, *, null, p=1, c=0.01):
         kappa = gate(t, draws)
         v_class = net(z, t, t, y, at_all_times(kappa))[1]
         v_null = net(z, t, t, torch.full_like(y, null), at_all_times(0 * kappa))[1]
-        v_guided = v + append_dims(kappa, v) * (v_class - v_null)
-        v_guided = torch.where(append_dims(drop, v), v, v_guided)
+        v_guided = guide(v, kappa, v_class, v_null, drop)
     y = torch.where(drop, null, y)
     dudt = meanflow.derivative(lambda *a: net(*a, draws)[0], z, t, r, v_class, y)
     u, v_head = net(z, t, r, y, draws)
@@ -164,8 +169,7 @@ def fast_loss(x, y, draws, *, null, p=1, c=0.01, dual, velocity, equal=None):
         )
     u, v_head, dudt = dual(z, t, r, torch.where(drop, null, y), draws, v_class)
     v_class = torch.cat((v_head[:n], v_class))
-    v_guided = v + append_dims(kappa, v) * (v_class - v_null)
-    v_guided = torch.where(append_dims(drop, v), v, v_guided)
+    v_guided = guide(v, kappa, v_class, v_null, drop)
     dudt = torch.cat((torch.zeros_like(u[:n]), dudt))
     return velocity_loss(u, v_head, dudt, v_guided, t, r, p, c)
 
@@ -228,6 +232,14 @@ def config(params):
     return Config(width, shared, heads, patch, channels, labels - 1, trains)
 
 
+def default_guidance(params, steps=1):
+    """Return the published (omega, low, high) for this size, or iMF-B's for another."""
+    architecture = config(params)
+    size = architecture.width, architecture.shared + architecture.heads
+    one = PUBLISHED.get(size, PUBLISHED[768, 12])
+    return TWO_STEPS.get(size, one) if steps == 2 else one
+
+
 def init(size="iB/2", *, channels=4, classes=1000, generator):
     """Return fresh parameters, {name: float32 tensor} on the generator's device.
 
@@ -266,10 +278,10 @@ def convert(tensors):
         params[name.replace("_flax_embedding.", "")] = p
     for name in [name for name in params if name.endswith("attn.q_proj.weight")]:
         block = name.removesuffix("q_proj.weight")
-        parts = [params.pop(f"{block}{k}_proj.weight", None) for k in "qkv"]
-        if None in (first := [None if p is None else 1 for p in parts]):
-            raise ValueError(f"{block}{'qkv'[first.index(None)]}_proj.weight is missing")
-        params[f"{block}qkv.weight"] = torch.cat(parts)
+        parts = [f"{block}{k}_proj.weight" for k in "qkv"]
+        if missing := [part for part in parts if part not in params]:
+            raise ValueError(f"{missing[0]} is missing")
+        params[f"{block}qkv.weight"] = torch.cat([params.pop(part) for part in parts])
     wanted = shapes(config(params))
     found = {name: tuple(p.shape) for name, p in params.items()}
     for name in wanted | found:

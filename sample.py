@@ -41,7 +41,7 @@ from meanflow import sample
 from model import config, dit, positions, shapes, sinusoids
 
 GAP, GREY = 4, 128  # pixels between the images of a grid, and their value
-WEIGHTS = "give a run's folder, or .safetensors, .pt or .pth weights of a DiT"
+WEIGHTS = "give a run's folder, or .safetensors, .pt or .pth weights of a DiT or iMF"
 CONVENTIONS = {
     "repa": "predicts e - x, t = 1 is noise (as REPA's SiT)",
     "sit": "predicts x - e, t = 1 is data (as SiT)",
@@ -51,11 +51,11 @@ OUTPUT = ("final_layer.linear.weight", "final_layer.linear.bias")
 
 
 class ImageModel(NamedTuple):
-    params: dict  # of the DiT
+    params: dict  # of the network
     kind: str  # what it makes: "pixels" or "latents"
     shape: tuple  # of a sample: (channels, height, width)
     vae: dict | None = None  # decodes latents
-    scale: float | torch.Tensor = data.SCALE  # of latents, and what is taken off before
+    scale: float | torch.Tensor = data.SCALE  # samples are (latents - shift) * scale
     shift: float | torch.Tensor = 0.0
     guidance: tuple | None = None  # of an iMF: omega, low, high
 
@@ -241,12 +241,11 @@ def load_imf(path, tensors, metadata, device):
 
 def imf_model(params, kind, shape):
     """Return the ImageModel of an iMF's parameters, with the guidance for its size."""
-    config, device = imf.config(params), params[LABELS].device
-    size = config.width, config.shared + config.heads
-    found = ImageModel(params, kind, shape, guidance=imf.PUBLISHED.get(size, (8.0, 0.4, 0.65)))
+    found = ImageModel(params, kind, shape, guidance=imf.default_guidance(params))
     if kind == "pixels":
         return found
-    mean, std = (torch.tensor(a, device=device)[:, None, None] for a in imf.LATENTS.values())
+    stats, device = imf.LATENTS.values(), params[LABELS].device
+    mean, std = (torch.tensor(a, device=device)[:, None, None] for a in stats)
     return found._replace(scale=1 / std, shift=mean)
 
 
@@ -336,7 +335,7 @@ def image_writer(path, count, shape, world):
     about = {"descr": "|u1", "fortran_order": False, "shape": shape}
     np.lib.format.write_array_header_1_0(header, about)
     start, size = len(header.getvalue()), math.prod(shape[1:])
-    part = path.with_name(f"{data.TEMPORARY}{path.stem}.npy")  # of all, who may lack the memory
+    part = path.with_name(f"{data.TEMPORARY}{path.stem}.npy")  # memory may not hold all
     try:
         if world.rank == 0:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -468,19 +467,16 @@ def parse_arguments(argv):
 
 def choose_guidance(args, model):
     """Return the (omega, low, high) of --omega and --interval, or else the published."""
-    omega, low, high = model.guidance
-    config = imf.config(model.params)
-    if args.steps == 2:
-        two = imf.TWO_STEPS.get((config.width, config.shared + config.heads), (omega, low, high))
-        omega, low, high = two
+    omega, *interval = imf.default_guidance(model.params, args.steps)
     if args.interval:
+        hint = "give two times in [0, 1], the lower first, as 0.4,0.65"
         try:
-            low, high = map(float, args.interval.split(","))
-            assert 0 <= low <= high <= 1
-        except (ValueError, AssertionError):
-            hint = "give two times in [0, 1], the lower first, as 0.4,0.65"
+            low, high = interval = [float(time) for time in args.interval.split(",")]
+        except ValueError:
             raise ValueError(f"--interval {args.interval}: {hint}") from None
-    return args.omega or omega, low, high
+        if not 0 <= low <= high <= 1:
+            raise ValueError(f"--interval {args.interval}: {hint}")
+    return args.omega or omega, *interval
 
 
 def main(argv, world):

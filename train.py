@@ -97,10 +97,6 @@ class State(NamedTuple):
     adam: torch.optim.Adam
 
 
-def is_imf(params):
-    return "class_tokens" in params
-
-
 class Objective(torch.nn.Module):
     """A module whose forward is the loss, for DistributedDataParallel to wrap.
 
@@ -115,7 +111,7 @@ class Objective(torch.nn.Module):
         # takes five times as long to compile at depth 12, and longer the deeper it is.
         compile = partial(torch.compile, fullgraph=True, dynamic=False) if compiled else lambda f: f
         null = sample.count_classes(params)
-        if is_imf(params):
+        if sample.is_imf(params):
             one = dict(block=compile(imf.block))
             dual = partial(imf.imf_jvp, params, **one, block_jvp=compile(imf.block_jvp))
             velocity = partial(imf.imf_velocity, params, **one)
@@ -151,9 +147,8 @@ def stream(dataset, batch, seed, start, world, parts=1, improved=False):
     """Yield, from step `start` on, this process's rows on its device, in so many parts.
 
     A part is (x, y, draws, how many of its first rows have r = t); draws are imf.Draws if
-    `improved`. Draws are made on the CPU for
-    the whole batch, so any number of processes, on any device, trains the same run. A thread
-    prepares the steps to come.
+    `improved`. They are made on the CPU for the whole batch, so any number of processes, on any
+    device, trains the same run. A thread prepares the steps to come.
     """
 
     def make(step):
@@ -377,20 +372,24 @@ def save_curve(folder):
         picture.save(temporary, "PNG")
 
 
+def grid(folder, step):
+    return folder / f"grid-{step:08}.png"
+
+
 def save_grid(folder, step, model):
-    """Write a picture of one-step samples, always from the same noise; return its path."""
+    """Write a picture of one-step samples, always from the same noise."""
     classes = sample.count_classes(model.params)
     count = 10 * min(10, classes)  # ten of a class in each row, if they are ten or fewer
     labels = torch.arange(count) * classes // count
     x = sample.generate(model.params, labels, model.shape, guidance=model.guidance)
-    path = folder / f"grid-{step:08}.png"
-    sample.save_grid(sample.to_uint8(x, model), path)
-    return path
+    sample.save_grid(sample.to_uint8(x, model), grid(folder, step))
 
 
 def report(model, dataset, folder, step):
     """Print the pictures' paths and, for the digits, how good samples and real images are."""
-    print(save_grid(folder, step, model), folder / "curve.png")
+    if not grid(folder, step).exists():  # the run was stopped at its last step
+        save_grid(folder, step, model)
+    print(grid(folder, step), folder / "curve.png")
     if dataset.name != "digits":
         return
     reals, labels = dataset.items.flatten(1), dataset.labels
@@ -432,7 +431,7 @@ def parse_arguments(argv):
     add("--out", type=Path, help="the run's folder (default: runs/digits, runs/XL-2, ...)")
     add("--steps", type=int, help="the last step of training (default: by the size of the data)")
     add("--batch", type=int, help="images a step, over all processes (default: the size's recipe)")
-    add("--lr", type=float, help="Adam's step size, constant (default: the size's recipe)")
+    add("--lr", type=float, help="Adam's step size (default: the size's recipe)")
     guidance = "OMEGA KAPPA [T0 T1]: its two factors, for t in [T0, T1]; 1 0: none (default: the"
     options = dict(nargs="+", type=float, metavar=("OMEGA", "KAPPA"))
     add("--guidance", **options, help=f"{guidance} size's recipe)")
@@ -544,7 +543,7 @@ def warm_start(params, path, convention, classes):
     """
     path, hint = sample.find_checkpoint(path), "give --init weights of the same --size and channels"
     tensors, metadata = sample.read_weights(path)
-    taken, table = sample.convert(path, tensors, convention), "y_embedder.embedding_table.weight"
+    taken, table = sample.convert(path, tensors, convention), sample.LABELS
     *rows, null = taken[table]
     rows = dict(zip(class_names(path, metadata, classes, len(rows)), rows))
     taken[table] = torch.stack([*(rows.get(name, null) for name in classes), null])
@@ -593,8 +592,10 @@ def open_run(args, dataset, start, world):
     run |= {"data": dataset.name, "commit": commit(), "torch": torch.__version__}
     run |= args.recipe._asdict() | {"interval": list(args.recipe.interval)}
     lines = read_log(args.out, start, run)
+    improved = args.size in imf.SIZES
+    paper = "improved MeanFlow (arXiv 2512.02012)" if improved else "MeanFlow (arXiv 2505.13447)"
     metadata = {
-        "model": f"MeanFlow (arXiv 2505.13447), or improved (2512.02012), {args.size}, averaged",
+        "model": f"{paper}, averaged weights of size {args.size}",
         "kind": kind,
         "resolution": str(images[-1]),
         "classes": json.dumps(dataset.classes),
@@ -605,7 +606,7 @@ def open_run(args, dataset, start, world):
         raise ValueError("--fid needs --vae, sd-vae-ft-mse's file, to decode latents")
     scorer = fid.scorer(args.fid, args.inception, images, world) if args.fid else None
     state = begin(args, dataset, start, world)
-    make = sample.imf_model if is_imf(state.ema) else sample.ImageModel
+    make = sample.imf_model if sample.is_imf(state.ema) else sample.ImageModel
     model = make(state.ema, kind, shape)._replace(vae=vae)
     data.barrier()
     log = open_log(args.out, start, lines) if world.rank == 0 else None
@@ -688,7 +689,7 @@ def main(argv, world):
     terminated, stopped, history, in_saves = Event(), False, [], 0.0
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: terminated.set())
-    improved = is_imf(state.params)
+    improved = sample.is_imf(state.params)
     batches = stream(dataset, recipe.batch, args.seed, step, world, args.accumulate, improved)
     steps = zip(range(step + 1, args.steps + 1), batches)
     progress = progress_bar(steps, step, args.steps, world)
