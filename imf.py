@@ -232,11 +232,14 @@ def config(params):
     return Config(width, shared, heads, patch, channels, labels - 1, trains)
 
 
-def default_guidance(params, steps=1):
-    """Return the published (omega, low, high) for this size, or iMF-B's for another."""
+def default_guidance(params, steps=1, one=None):
+    """Return the published (omega, low, high) for this size, or iMF-B's for another.
+
+    one: what to return in place of that, unless there is a published one for two steps.
+    """
     architecture = config(params)
     size = architecture.width, architecture.shared + architecture.heads
-    one = PUBLISHED.get(size, PUBLISHED[768, 12])
+    one = one or PUBLISHED.get(size, PUBLISHED[768, 12])
     return TWO_STEPS.get(size, one) if steps == 2 else one
 
 

@@ -1,7 +1,7 @@
 """Images from a checkpoint, each from noise that depends on (seed, index) alone, and their FID.
 
     python sample.py runs/digits --classes 3,1,4 --steps 1 --seed 0 --out 314.png
-    python sample.py iMF-XL-2.pth --vae FILE --classes 207,360 --omega 8 --interval 0.42,0.62
+    python sample.py iMF-XL-2.pth --vae FILE --classes 207,360 --omega 1,4,8 --interval 0.42,0.62
     python sample.py meanflow-B4.pth --classes 207,360 --vae diffusion_pytorch_model.safetensors
     torchrun --nproc-per-node 8 sample.py runs/XL-2 --vae FILE --fid REF.npz --inception FILE
     python sample.py runs/digits --images samples.npz --count 1000
@@ -137,8 +137,6 @@ def convert(path, tensors, convention=None):
     predicts a velocity, in one of CONVENTIONS, and what is returned has no `h_embedder`. Raises
     ValueError for anything else.
     """
-    if is_imf(tensors):
-        raise ValueError(f"{path} is an iMF, which is drawn from only: {WEIGHTS}")
     params = rename(tensors)
     try:
         width, _, patch, channels, _ = architecture = config(params)
@@ -226,27 +224,49 @@ def is_imf(tensors):
     return any("shared_blocks." in name for name in tensors)
 
 
-def load_imf(path, tensors, metadata, device):
-    """Return the ImageModel of an iMF, without its v head and with the guidance for its size."""
+def convert_imf(path, tensors):
+    """Return the parameters of an iMF from tensors with the published names."""
     try:
         params = imf.convert(tensors)
     except ValueError as error:
         raise ValueError(f"{path}: {error}: {WEIGHTS}") from None
-    width, _, _, patch, channels, classes, _ = imf.config(params)
     data.check_tensors(path, params, {k: tuple(p.shape) for k, p in params.items()}, WEIGHTS)
+    return {name: p.float() for name, p in params.items()}
+
+
+def load_imf(path, tensors, metadata, device):
+    """Return the ImageModel of an iMF, without its v head."""
+    params = convert_imf(path, tensors)
+    width, _, _, patch, channels, classes, _ = imf.config(params)
     kind, side = image_size(path, (width, 0, patch, channels, classes), tensors, metadata)
-    used = {k: p.float().to(device) for k, p in params.items() if not k.startswith("v_")}
-    return imf_model(used, kind, (channels, side, side))
+    used = {name: p.to(device) for name, p in params.items() if not name.startswith("v_")}
+    try:
+        return imf_model(used, kind, (channels, side, side), metadata)
+    except (ValueError, TypeError, KeyError, RuntimeError) as error:
+        raise ValueError(f"{path}: metadata guidance or latents: {error}: redo it") from None
 
 
-def imf_model(params, kind, shape):
-    """Return the ImageModel of an iMF's parameters, with the guidance for its size."""
-    found = ImageModel(params, kind, shape, guidance=imf.default_guidance(params))
+def imf_model(params, kind, shape, metadata):
+    """Return the ImageModel of an iMF's parameters.
+
+    Its guidance and the mean and deviation of its latents are the metadata's, or the published.
+    """
+    omega, low, high = json.loads(metadata.get("guidance", "null")) or imf.default_guidance(params)
+    check_guidance(omega, low, high)
+    found = ImageModel(params, kind, shape, guidance=(omega, low, high))
     if kind == "pixels":
         return found
-    stats, device = imf.LATENTS.values(), params[LABELS].device
-    mean, std = (torch.tensor(a, device=device)[:, None, None] for a in stats)
+    stats = json.loads(metadata.get("latents", "null")) or imf.LATENTS
+    mean, std = (torch.tensor(stats[k]).view(4, 1, 1).to(params[LABELS]) for k in ("mean", "std"))
+    if not (std > 0).all():
+        raise ValueError("std is not positive")
     return found._replace(scale=1 / std, shift=mean)
+
+
+def check_guidance(omega, low, high):
+    if not (1 <= omega < math.inf and 0 <= low <= high <= 1):
+        hint = "give omega >= 1 and an interval of two times in [0, 1], the lower first"
+        raise ValueError(f"omega {omega:g}, interval {low:g},{high:g}: {hint}, as 8 and 0.4,0.65")
 
 
 def count_classes(params):
@@ -442,8 +462,8 @@ def parse_arguments(argv):
     add("--scale", type=float, help=f"of latents, if not {data.SCALE}")
     what = "; ".join(f"{name}: {meaning}" for name, meaning in CONVENTIONS.items())
     add("--convention", choices=CONVENTIONS, help=f"of a network that predicts a velocity: {what}")
-    add("--omega", type=float, help="an iMF's guidance (default: the published)")
-    add("--interval", metavar="LOW,HIGH", help="times between which it acts")
+    add("--omega", type=numbers, help="an iMF's guidance; of several, as 1,4,8, each has its row")
+    add("--interval", type=numbers, metavar="LOW,HIGH", help="times between which it acts")
     add("--out", help="the picture to write (default: samples.png)")
     add("--fid", metavar="REF", help="compare samples with this instead of writing a picture")
     add("--inception", help="pt_inception-2015-12-05-6726825d.pth (see fid.py)")
@@ -460,23 +480,27 @@ def parse_arguments(argv):
     if args.images and args.images.exists():
         if args.images.is_file() or any(args.images.iterdir()):
             raise ValueError(f"--images {args.images} already exists: give another name")
-    data.check_numbers(args, steps=1, scale=0, count=2, omega=1)
+    if (args.fid or args.images) and args.omega and len(args.omega) > 1:
+        raise ValueError(f"--omega {args.omega}: give one with --fid or --images")
+    data.check_numbers(args, steps=1, scale=0, count=2)
     args.out, args.count = args.out or "samples.png", args.count or 50_000
     return args
 
 
+def numbers(text):
+    return [float(number) for number in text.split(",")]
+
+
 def choose_guidance(args, model):
-    """Return the (omega, low, high) of --omega and --interval, or else the published."""
-    omega, *interval = imf.default_guidance(model.params, args.steps)
-    if args.interval:
-        hint = "give two times in [0, 1], the lower first, as 0.4,0.65"
-        try:
-            low, high = interval = [float(time) for time in args.interval.split(",")]
-        except ValueError:
-            raise ValueError(f"--interval {args.interval}: {hint}") from None
-        if not 0 <= low <= high <= 1:
-            raise ValueError(f"--interval {args.interval}: {hint}")
-    return args.omega or omega, *interval
+    """Return (omega, low, high) for each --omega, or else the model's."""
+    omega, *interval = imf.default_guidance(model.params, args.steps, model.guidance)
+    interval = args.interval or interval
+    if len(interval) != 2:
+        raise ValueError(f"--interval {args.interval}: give two times, the lower first")
+    chosen = [(omega, *interval) for omega in args.omega or [omega]]
+    for guidance in chosen:
+        check_guidance(*guidance)
+    return chosen
 
 
 def main(argv, world):
@@ -484,9 +508,10 @@ def main(argv, world):
     model = load(args.checkpoint, world.device, args.convention)
     check_picture(args.out, image_shape(model.kind, model.shape)[0])
     classes = parse_classes(args.classes, count_classes(model.params))
+    guidances = [None]
     if model.guidance:
         data.refuse(args, ["convention", "scale"], f"as {args.checkpoint} is an iMF")
-        model = model._replace(guidance=choose_guidance(args, model))
+        guidances = choose_guidance(args, model)
     else:
         data.refuse(args, ["omega", "interval"], f"as {args.checkpoint} is no iMF")
     if model.kind == "pixels":
@@ -499,13 +524,14 @@ def main(argv, world):
     if not model.params["h_embedder.mlp.2.weight"].any() and args.steps < 10 and world.rank == 0:
         tqdm.write(f"{args.checkpoint} predicts a velocity: give --steps 50 or more", sys.stderr)
     if args.fid or args.images:
-        score(args, model, classes, world)
+        score(args, model._replace(guidance=guidances[0]), classes, world)
     elif world.rank == 0:
         if not args.classes:
             classes = [k % len(classes) for k in range(10)]
-        options = dict(steps=args.steps, seed=args.seed, guidance=model.guidance)
-        x = generate(model.params, classes, model.shape, **options)
-        save_grid(to_uint8(x, model), args.out)
+        draw = partial(generate, model.params, classes, model.shape, steps=args.steps)
+        x = torch.cat([draw(seed=args.seed, guidance=guidance) for guidance in guidances])
+        columns = len(classes) if len(guidances) > 1 else 10
+        save_grid(to_uint8(x, model), args.out, columns=columns)
         print(args.out)
 
 

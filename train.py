@@ -458,7 +458,7 @@ def parse_arguments(argv):
         changes |= parse_guidance(args.guidance)
     args.size, args.recipe = size, RECIPES[size]._replace(**changes)
     if size in imf.SIZES:
-        data.refuse(args, ["guidance", "init"], f"as {size} draws its own and starts anew")
+        data.refuse(args, ["guidance", "convention"], f"as {size} draws its guidance")
     args.data = args.data or ("digits" if size in ("T/2", "iT/2") else "data/imagenet")
     name = "digits" if (args.data, size) == ("digits", "T/2") else size.replace("/", "-")
     args.out = args.out or Path("runs", name)
@@ -543,7 +543,13 @@ def warm_start(params, path, convention, classes):
     """
     path, hint = sample.find_checkpoint(path), "give --init weights of the same --size and channels"
     tensors, metadata = sample.read_weights(path)
-    taken, table = sample.convert(path, tensors, convention), sample.LABELS
+    improved = sample.is_imf(params)
+    if sample.is_imf(tensors) != improved:
+        raise ValueError(f"{path} is {'no' if improved else 'an'} iMF: {hint}")
+    if improved and not any(name.startswith("v_heads") for name in tensors):
+        raise ValueError(f"{path} has no v_heads, so it can only be drawn from: {hint}")
+    convert = partial(sample.convert, convention=convention)
+    taken, table = (sample.convert_imf if improved else convert)(path, tensors), sample.LABELS
     *rows, null = taken[table]
     rows = dict(zip(class_names(path, metadata, classes, len(rows)), rows))
     taken[table] = torch.stack([*(rows.get(name, null) for name in classes), null])
@@ -606,8 +612,12 @@ def open_run(args, dataset, start, world):
         raise ValueError("--fid needs --vae, sd-vae-ft-mse's file, to decode latents")
     scorer = fid.scorer(args.fid, args.inception, images, world) if args.fid else None
     state = begin(args, dataset, start, world)
-    make = sample.imf_model if sample.is_imf(state.ema) else sample.ImageModel
-    model = make(state.ema, kind, shape)._replace(vae=vae)
+    if improved:
+        metadata["guidance"] = json.dumps(imf.default_guidance(state.ema))
+        metadata |= {"latents": json.dumps(imf.LATENTS)} if kind == "latents" else {}
+        model = sample.imf_model(state.ema, kind, shape, metadata)._replace(vae=vae)
+    else:
+        model = sample.ImageModel(state.ema, kind, shape, vae)
     data.barrier()
     log = open_log(args.out, start, lines) if world.rank == 0 else None
     return model, scorer, state, metadata, log

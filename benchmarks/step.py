@@ -1,13 +1,14 @@
-"""What a training step costs: flow matching, plain formulations of MeanFlow, and ours.
+"""What a training step costs: flow matching, plain formulations of MeanFlow or iMF, and ours.
 
-    python benchmarks/step.py --size S/2 --batch 8                        on the CPU
+    python benchmarks/step.py --size S/2 --batch 8                     on the CPU; --size iS/2: iMF
     python benchmarks/step.py --size XL/2 --batch 256 --only ours      on a GPU, in bfloat16
 
 A step is loss and backward. Each formulation runs eager and compiled (the plain ones as one graph,
 ours one block that serves for all, as in train.py), without guidance and with (kappa = 0.5: null
-and class velocity are both needed). GFLOP per image are counted by torch's flop counter; a unit is
-one forward of one image. Times are medians, with quartiles, of steps that take turns with steps of
-flow matching; memory is the peak above what parameters and data take (on a CPU, under Linux only).
+and class velocity are both needed; iMF is always guided). GFLOP per image are counted by torch's
+flop counter; a unit is one forward of one image, of iMF without its v head. Times are medians, with
+quartiles, of steps that take turns with steps of flow matching, which trains no v head; memory is
+the peak above what parameters and data take (on a CPU, under Linux only).
 A formulation that lacks memory, or takes longer than --limit to compile, has a row that says so.
 --profile lists the kernels of a step of each by the time that they take.
 """
@@ -28,10 +29,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+import imf
 import meanflow
 import model
 
-SIZES = {"S/2": (384, 12, 2), **model.SIZES}
+SIZES = {"S/2": (384, 12, 2), **model.SIZES, "iS/2": (384, 4, 8, 2), **imf.SIZES}
 CLASSES = 1000
 
 
@@ -66,8 +68,52 @@ def ours(params, x, y, draws, *, block=model.block, block_jvp=model.block_jvp, *
     return meanflow.fast_loss(net, x, y, draws, dual=dual, equal=equal, **options)[0]
 
 
+def imf_flow_matching(params, x, y, draws, *, null, p, c, **guidance):
+    """Regression of the u path of an iMF on the conditional velocity."""
+    z, v = meanflow.interpolate(x, draws.e, draws.t)
+    params = {name: w for name, w in params.items() if not name.startswith("v_")}
+    u, _ = imf.imf(params, z, draws.t, draws.t, torch.where(draws.drop, null, y), draws)
+    return meanflow.adaptive_loss(u, v, p, c)[0]
+
+
+def imf_jvp_with_graph(params, x, y, draws, *, null, p, c, **guidance):
+    """As in the authors' JAX code: three velocities, then u, v and du/dt by one jvp of all rows."""
+    e, t, r, drop, kappa, *_ = draws
+    net, velocity = partial(imf.imf, params), partial(imf.imf_velocity, params)
+    z, v = meanflow.interpolate(x, e, t)
+    with torch.no_grad():
+        inside = imf.gate(t, draws)
+        v_null = velocity(z, t, torch.full_like(y, null), 0 * kappa)
+        v_full, v_class = velocity(z, t, y, kappa), velocity(z, t, y, inside)
+        v_guided = torch.where((t == r)[:, None, None, None], v_full, v_class)
+        v_guided = imf.guide(v, inside, v_guided, v_null, drop)
+    y = torch.where(drop, null, y)
+    with sdpa_kernel(SDPBackend.MATH):
+        primals, tangents = (z, t.clone()), (v_class, torch.ones_like(t))
+        u, dudt, v_head = torch.func.jvp(
+            lambda z, t: net(z, t, r, y, draws), primals, tangents, has_aux=True
+        )
+    return imf.velocity_loss(u, v_head, dudt.detach(), v_guided, t, r, p, c)[0]
+
+
+def imf_jvp_and_forward(params, x, y, draws, *, null, p, c, **guidance):
+    """The paper's algorithm as imf.loss writes it."""
+    return imf.loss(partial(imf.imf, params), x, y, draws, null=null, p=p, c=c)[0]
+
+
+def imf_ours(
+    params, x, y, draws, *, null, p, c, block=imf.block, block_jvp=imf.block_jvp, **guidance
+):
+    dual = partial(imf.imf_jvp, params, block=block, block_jvp=block_jvp)
+    velocity = partial(imf.imf_velocity, params, block=block)
+    options = dict(null=null, p=p, c=c, equal=int(0.5 * len(x)))
+    return imf.fast_loss(x, y, draws, dual=dual, velocity=velocity, **options)[0]
+
+
 FORMULATIONS = {"flow": flow_matching, "authors": jvp_with_graph, "plain": jvp_and_forward}
 FORMULATIONS["ours"] = ours
+IMPROVED = {"flow": imf_flow_matching, "authors": imf_jvp_with_graph, "plain": imf_jvp_and_forward}
+IMPROVED["ours"] = imf_ours
 NAMES = {
     "flow": "flow matching",
     "authors": "one jvp with graph (authors)",
@@ -90,6 +136,10 @@ COLUMNS = (
 )
 
 
+def is_improved(size):
+    return size.startswith("i")
+
+
 def options(guided):
     kappa = 0.5 if guided else 0
     return dict(null=CLASSES, omega=1, kappa=kappa, interval=(0, 1), p=1, c=0.01)
@@ -98,23 +148,26 @@ def options(guided):
 def problem(size, batch, device):
     """Return parameters none of which is zero, and a batch with its draws."""
     g = torch.Generator().manual_seed(0)
-    params = model.init(SIZES[size], classes=CLASSES, generator=g)
+    init, draw = (imf.init, imf.draw) if is_improved(size) else (model.init, meanflow.draw)
+    params = init(SIZES[size], classes=CLASSES, generator=g)
     for p in params.values():
         p.add_(torch.randn(p.shape, generator=g), alpha=0.02)
     params = {name: p.to(device).requires_grad_() for name, p in params.items()}
     x, y = torch.randn(batch, 4, 32, 32, generator=g), torch.randint(CLASSES, (batch,), generator=g)
-    draws = meanflow.Draws(*(d.to(device) for d in meanflow.draw(x.shape, generator=g)))
-    return params, x.to(device), y.to(device), draws
+    draws = draw(x.shape, generator=g)
+    return params, x.to(device), y.to(device), type(draws)(*(d.to(device) for d in draws))
 
 
 def gigaflop(formulation, size, guided, batch=8):
     """Return the GFLOP per image of loss and backward, counted without computing them."""
-    shapes = model.shapes(model.Config(*SIZES[size], 4, CLASSES))
+    shapes, draw = model.shapes(model.Config(*SIZES[size][:3], 4, CLASSES)), meanflow.draw
+    if is_improved(size):
+        shapes, draw = imf.shapes(imf.Config(*SIZES[size], 4, CLASSES, True)), imf.draw
     meta = partial(torch.empty, device="meta")
     params = {name: meta(shape, requires_grad=True) for name, shape in shapes.items()}
     x, y = meta(batch, 4, 32, 32), meta(batch, dtype=torch.int64)
-    draws = meanflow.draw(x.shape, generator=torch.Generator())
-    draws = meanflow.Draws(*(d.to("meta") for d in draws))
+    draws = draw(x.shape, generator=torch.Generator())
+    draws = type(draws)(*(d.to("meta") for d in draws))
     with FlopCounterMode(display=False) as counter:
         formulation(params, x, y, draws, **options(guided)).mean().backward()
     return counter.get_total_flops() / batch / 1e9
@@ -123,13 +176,15 @@ def gigaflop(formulation, size, guided, batch=8):
 def stepper(formulation, guided, compiled, params, x, y, draws):
     """One step as a function without arguments; gradients are dropped after it."""
     compile = partial(torch.compile, fullgraph=True, dynamic=False)
-    if compiled and formulation is ours:  # as train.py does it: a block serves for all
-        formulation = partial(ours, block=compile(model.block), block_jvp=compile(model.block_jvp))
+    blocks = {ours: model, imf_ours: imf}.get(formulation)
+    if compiled and blocks:  # as train.py does it: a block serves for all
+        compiled_blocks = dict(block=compile(blocks.block), block_jvp=compile(blocks.block_jvp))
+        formulation = partial(formulation, **compiled_blocks)
 
     def mean(params, x, y, draws):
         return formulation(params, x, y, draws, **options(guided)).mean()
 
-    if compiled and formulation in FORMULATIONS.values():
+    if compiled and not blocks:
         mean = compile(mean)
 
     def step():
@@ -252,13 +307,16 @@ def main(argv=None):
     print(f"{args.size}, batch {args.batch}, 4x32x32 latents, {machine}, torch {torch.__version__}")
     print(f"matmul ceiling {ceiling:.2f} TFLOP/s\n\n| {' | '.join(COLUMNS)} |")
     print("|---" * len(COLUMNS) + "|", flush=True)
-    unit = gigaflop(flow_matching, args.size, False) / 3
+    formulations = IMPROVED if is_improved(args.size) else FORMULATIONS
+    unit = gigaflop(formulations["flow"], args.size, False) / 3
     for compiled in (False,) if args.eager else (False, True):
         base = None
         for guided, key in ((guided, key) for guided in (False, True) for key in NAMES):
             if key not in (*args.only, "flow") or guided and key == "flow":
                 continue
-            f, how = FORMULATIONS[key], "compiled" if compiled else "eager"
+            if is_improved(args.size) and not guided and key != "flow":
+                continue
+            f, how = formulations[key], "compiled" if compiled else "eager"
             count = gigaflop(f, args.size, guided)
             cells = [NAMES[key], "yes" if guided else "no", how]
             cells += [f"{count:.1f}", f"{count / unit:.2f}"]

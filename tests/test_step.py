@@ -21,8 +21,24 @@ def test_the_step_costs_what_is_claimed(size):
     assert step.gigaflop(step.jvp_with_graph, size, True) == pytest.approx(7 * unit, rel=1e-3)
 
 
-def rows(capsys, *flags):
-    step.main(["--size", "T/2", "--batch", "4", "--rounds", "2", *flags])
+@pytest.mark.parametrize("size, units, authors", [("iB/2", 7, 11.33), ("iXL/2", 5.5, 8.83)])
+def test_a_step_of_imf_costs_what_is_claimed(size, units, authors):
+    """In units of a forward without v head: 5 + 3 h / D, the authors' 8 + 5 h / D in PyTorch."""
+    unit = step.gigaflop(step.imf_flow_matching, size, True) / 3
+    assert unit <= step.gigaflop(step.imf_ours, size, True) / units <= 1.02 * unit
+    found = step.gigaflop(step.imf_jvp_with_graph, size, True) / unit
+    assert found == pytest.approx(authors, rel=0.01)
+
+
+def test_the_formulations_of_imf_are_one_loss():
+    inputs = step.problem("iT/2", 6, "cpu")
+    found = [step.IMPROVED[key](*inputs, **step.options(True)) for key in step.IMPROVED]
+    for rows in found[1:]:
+        assert torch.allclose(rows, found[-1], rtol=1e-5)
+
+
+def rows(capsys, *flags, size="T/2"):
+    step.main(["--size", size, "--batch", "4", "--rounds", "2", *flags])
     lines = capsys.readouterr().out.splitlines()
     return [line.strip("| ").split(" | ") for line in lines if line.startswith("| ")][1:]
 
@@ -32,6 +48,8 @@ def test_all_formulations_are_timed(capsys):
     assert [row[0] for row in found] == [*step.NAMES.values()] + [*step.NAMES.values()][1:]
     assert all(float(row[4]) >= 3 and float(row[7]) > 0 for row in found)
     assert float(found[0][8]) == 1 < float(found[1][8])
+    found = rows(capsys, "--eager", size="iT/2")
+    assert [row[0] for row in found] == [*step.NAMES.values()]
 
 
 def test_the_table_goes_on_after_a_formulation_that_fails(monkeypatch, capsys):
