@@ -221,17 +221,23 @@ def block(w, x, c):
     return x + gate2 * mlp(w, "mlp", modulate(norm(x), shift2, scale2))  # (B, N, D)
 
 
-def dit(params, z, t, r, y, *, block=block):
+def embed_condition(params, t, r, y):
+    """Return the condition of every block, (B, 1, D): t, t - r (Table 1c) and the label."""
+    c = embed_time(params, "t_embedder", t) + embed_time(params, "h_embedder", t - r)
+    return F.silu(c + embed_label(params, y))
+
+
+def dit(params, z, t, r, y, *, block=block, condition=embed_condition):
     """Return the average velocity u(z, t, r | y), shaped like z.
 
     z: (B, C, H, W), H and W divisible by the patch; t, r: (B,) in [0, 1]; all in the parameters'
     dtype unless under autocast. y: (B,) int64 in [0, classes], where `classes` means "no class".
-    To compile, pass a compiled `block`: it serves all blocks.
+    To compile, pass a compiled `block`: it serves all blocks. To condition on something else, pass
+    another `condition`, and take du/dt by torch.func.jvp: dit_jvp is of this one.
     """
     patch = params["x_embedder.proj.weight"].shape[-1]
     x = embed_places(params, z)  # (B, N, D)
-    c = embed_time(params, "t_embedder", t) + embed_time(params, "h_embedder", t - r)  # (B, 1, D)
-    c = F.silu(c + embed_label(params, y))  # (B, 1, D)
+    c = condition(params, t, r, y)  # (B, 1, D)
     for w in block_params(params):
         x = block(w, x, c)  # (B, N, D)
     shift, scale = linear(params, "final_layer.adaLN_modulation.1", c).chunk(2, -1)  # (B, 1, D)

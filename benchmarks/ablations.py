@@ -1,0 +1,426 @@
+"""The paper's ablations (Table 1, and kappa of its appendix) at a scale for two CPU cores.
+
+    python benchmarks/ablations.py                           run what is missing, on the digits
+    python benchmarks/ablations.py --data data/cifar16       on pixels that data.py wrote
+    python benchmarks/ablations.py --table                   print all results as Markdown
+    python benchmarks/ablations.py --plot ablations.png      draw them (needs matplotlib)
+
+Each run trains a small DiT of 16 tokens from a seed, always for the same number of steps, with one
+choice changed, and judges 1,000 one-step samples of its averaged weights. A run is a line of JSON
+in ablations.jsonl, and is not repeated if its line is there: a killed table goes on. As many runs
+as there are cores go side by side, of one thread each.
+
+What is judged: Fréchet distances of raw pixels in [-1, 1], and of the features of a small
+classifier of the real images; the share of samples whose nearest real image is of their class; and
+diversity, the median distance of a sample to the nearest other one.
+"""
+
+import argparse
+import json
+import math
+import os
+import platform
+import statistics
+import sys
+import time
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.multiprocessing import get_context
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+import data
+import fid
+import meanflow
+import model
+import sample
+import train
+
+RESULTS = Path(__file__).with_name("ablations.jsonl")
+STEPS, SEEDS, SAMPLES, NEIGHBOURS = 1000, 3, 1000, 5000
+METRICS = ("pixels", "features", "class", "diversity")
+
+
+class Setting(NamedTuple):
+    """What a run may change; the defaults are the paper's."""
+
+    share: float = 0.75  # of the rows have r = t
+    tangent: tuple = (1, 1, 0)  # dz / v, dt and dr of the derivative
+    condition: str = "t, t - r"
+    times: tuple | str = (-0.4, 1.0)  # mean and deviation of the logits of t and r, or "uniform"
+    p: float = 1.0
+    omega: float = 1.0
+    kappa: float = 0.0
+    interval: tuple = (0, 1)
+
+
+def guided(kappa, *interval):
+    """Guidance of scale 2."""
+    return dict(omega=round(2 * (1 - kappa), 6), kappa=kappa) | (
+        {"interval": interval} if interval else {}
+    )
+
+
+TABLES = {  # what is changed: [(label, how, published FID of B/4 after 80 epochs)]
+    "a: share of rows with r != t": [
+        ("0 % (flow matching)", {"share": 1.0}, 328.91),
+        ("25 %", {}, 61.06),
+        ("50 %", {"share": 0.5}, 63.14),
+        ("100 %", {"share": 0.0}, 67.32),
+    ],
+    "b: tangent (dz, dt, dr)": [
+        ("(v, 1, 0)", {}, 61.06),
+        ("(v, 0, 0)", {"tangent": (1, 0, 0)}, 268.06),
+        ("(v, 0, 1)", {"tangent": (1, 0, 1)}, 329.22),
+        ("(v, 1, 1)", {"tangent": (1, 1, 1)}, 137.96),
+    ],
+    "c: condition": [
+        ("t, r", {"condition": "t, r"}, 61.75),
+        ("t, t - r", {}, 61.06),
+        ("t, r, t - r", {"condition": "t, r, t - r"}, 63.98),
+        ("t - r", {"condition": "t - r"}, 63.13),
+    ],
+    "d: times": [
+        ("uniform", {"times": "uniform"}, 65.90),
+        ("lognorm(-0.2, 1.0)", {"times": (-0.2, 1.0)}, 63.83),
+        ("lognorm(-0.2, 1.2)", {"times": (-0.2, 1.2)}, 64.72),
+        ("lognorm(-0.4, 1.0)", {}, 61.06),
+        ("lognorm(-0.4, 1.2)", {"times": (-0.4, 1.2)}, 61.79),
+    ],
+    "e: p of the loss": [
+        ("0", {"p": 0.0}, 79.75),
+        ("0.5", {"p": 0.5}, 63.98),
+        ("1", {}, 61.06),
+        ("1.5", {"p": 1.5}, 66.57),
+        ("2", {"p": 2.0}, 69.19),
+    ],
+    "f: guidance scale": [
+        ("1 (none)", {}, 61.06),
+        ("1.5", {"omega": 1.5}, 33.33),
+        ("2", {"omega": 2.0}, 20.15),
+        ("3", {"omega": 3.0}, 15.53),
+        ("5", {"omega": 5.0}, 20.75),
+    ],
+    "g: kappa at guidance scale 2": [
+        ("0", {"omega": 2.0}, 20.15),
+        ("0.5", guided(0.5), 19.15),
+        ("0.8", guided(0.8), 19.10),
+        ("0.9", guided(0.9), 18.63),
+        ("0.95", guided(0.95), 19.17),
+    ],
+    "h: guided for t in, at scale 2 and kappa 0.5": [
+        ("[0, 1]", guided(0.5), None),
+        ("[0, 0.75]", guided(0.5, 0, 0.75), None),
+        ("[0, 0.5]", guided(0.5, 0, 0.5), None),
+        ("[0.25, 1]", guided(0.5, 0.25, 1), None),
+    ],
+}
+
+
+# --- the ablated pieces ---
+
+
+def draw(setting, shape, generator):
+    """Return meanflow.Draws of this share and these times."""
+    if setting.times != "uniform":
+        mean, std = setting.times
+        return meanflow.draw(shape, generator=generator, share=setting.share, mean=mean, std=std)
+    draws = meanflow.draw(shape, generator=generator, share=setting.share, mean=0, std=1)
+    t, r = (torch.special.ndtr(torch.logit(a)) for a in (draws.t, draws.r))
+    return draws._replace(t=t, r=r)
+
+
+def condition(params, t, r, y, *, embedded):
+    """Stand in for model.embed_condition: embed each of `embedded`, {embedder: what}."""
+    values = {"t": t, "r": r, "t - r": t - r}
+    c = sum(model.embed_time(params, name, values[what]) for name, what in embedded.items())
+    return F.silu(c + model.embed_label(params, y))
+
+
+def parameters(setting, size, channels, classes, generator):
+    """Return fresh parameters, with one embedder for each time that the setting embeds."""
+    params = model.init(size, channels=channels, classes=classes, generator=generator)
+    embedded = dict(zip(("t_embedder", "h_embedder", "r_embedder"), setting.condition.split(", ")))
+    for name in [name for name in params if name.startswith("h_embedder")]:
+        if "r_embedder" in embedded:
+            fresh = torch.randn(params[name].shape, generator=generator)
+            new = 0.02 * fresh if name.endswith("weight") else torch.zeros_like(params[name])
+            params[name.replace("h_", "r_")] = new
+        if "h_embedder" not in embedded:
+            del params[name]
+    return params, partial(condition, embedded=embedded)
+
+
+def along(net, tangent):
+    """Return the `dual` of meanflow.fast_loss that differentiates along another tangent."""
+    of_v, dt, dr = tangent
+
+    def dual(z, t, r, y, v):
+        rows = slice(len(z) - len(v), None)
+        primals = [a[rows].clone() for a in (z, t, r)]
+        tangents = of_v * v, torch.full_like(t[rows], dt), torch.full_like(t[rows], dr)
+        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
+            dudt = torch.func.jvp(lambda z, t, r: net(z, t, r, y[rows]), (*primals,), tangents)[1]
+        return net(z, t, r, y), dudt
+
+    return dual
+
+
+# --- a run ---
+
+
+def fit(dataset, setting, seed, steps, watch=lambda *_: None):
+    """Train from this seed. Return (net of the averaged weights, or None if not finite)."""
+    recipe, (channels, side, _) = train.RECIPES["T/2"], dataset.shape
+    size, classes = (64, 4, side // 4), len(dataset.classes)
+    g = data.generator(seed, "init", 0)
+    params, conditioned = parameters(setting, size, channels, classes, g)
+    params = {name: nn.Parameter(p) for name, p in params.items()}
+    ema = {name: p.detach().clone() for name, p in params.items()}
+    adam = torch.optim.Adam(params.values(), recipe.lr, betas=(0.9, 0.95), fused=True)
+    state = train.State(params, ema, adam)
+    net = partial(model.dit, params, condition=conditioned)
+    if setting.condition == "t, t - r" and setting.tangent == (1, 1, 0):
+        dual = partial(model.dit_jvp, params)
+    else:
+        dual = along(net, setting.tangent)
+    guidance = dict(omega=setting.omega, kappa=setting.kappa, interval=setting.interval)
+    equal = int(setting.share * recipe.batch)
+    for step in range(1, steps + 1):
+        x, y = data.batch(dataset, recipe.batch, seed=seed, step=step)
+        draws = draw(setting, x.shape, data.generator(seed, "draws", step))
+        options = dict(null=classes, p=setting.p, equal=equal, **guidance)
+        rows, raw = meanflow.fast_loss(net, x, y, draws, dual=dual, **options)
+        rows.mean().backward()
+        norm = train.update(state, recipe, step)
+        watch(step, draws, raw, state)
+        if not norm.isfinite():
+            return None
+    return partial(model.dit, ema, condition=conditioned)
+
+
+def train_classifier(x, y, classes, steps=1500):
+    """Return a classifier of half of the images, without its last layer, and its accuracy."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        channels, side, _ = x.shape[1:]
+        net = nn.Sequential(
+            *(nn.Conv2d(channels, 32, 3, padding=1), nn.ReLU()),
+            *(nn.Conv2d(32, 64, 3, 2, padding=1), nn.ReLU()),
+            *(nn.Conv2d(64, 64, 3, 2, padding=1), nn.ReLU(), nn.Flatten()),
+            *(nn.Linear(64 * (side // 4) ** 2, 64), nn.ReLU(), nn.Linear(64, classes)),
+        )
+        adam, half = torch.optim.Adam(net.parameters(), 1e-3), len(x) // 2
+        for _ in range(steps):
+            rows = torch.randint(half, (128,))
+            F.cross_entropy(net(x[rows]), y[rows]).backward()
+            adam.step()
+            adam.zero_grad()
+    with torch.no_grad():
+        right = [net(part).argmax(1) for part in x[half:].split(1000)]
+    return net[:-1].requires_grad_(False), (torch.cat(right) == y[half:]).double().mean().item()
+
+
+def summary(x):
+    return fid.statistics(fid.accumulate(None, x))
+
+
+def judge(net, dataset, features, steps=1, sampler=meanflow.sample):
+    """Return the METRICS of samples, of each class equally many."""
+    x, labels = data.batch(dataset, len(dataset.labels), seed=0, step=0)
+    classes = torch.arange(SAMPLES) % len(dataset.classes)
+    found = sampler(net, sample.noise(0, range(SAMPLES), dataset.shape), classes, steps)
+    found = found.clamp(-1, 1)
+    index, _ = fid.nearest(found.flatten(1), x[:NEIGHBOURS].flatten(1))
+    _, gaps = fid.nearest(found.flatten(1), found.flatten(1), exclude_self=True)
+    pixels = summary(found.flatten(1)), summary(x.flatten(1))
+    featured = summary(features(found)), summary(torch.cat([features(a) for a in x.split(1000)]))
+    values = (
+        fid.frechet_distance(*pixels[0], *pixels[1]),
+        fid.frechet_distance(*featured[0], *featured[1]),
+        (labels[index] == classes).double().mean(),
+        gaps.median(),
+    )
+    return {name: float(f"{value:.4g}") for name, value in zip(METRICS, values)}
+
+
+def prepare(folder, features):
+    """Set up a process: one thread, the data and the classifier."""
+    torch.set_num_threads(1)
+    prepare.dataset, prepare.features = data.load_data(folder), features
+
+
+def run(job):
+    """Return the line of a job: its key, and METRICS, empty if the training diverged."""
+    begun = time.time()
+    net = fit(prepare.dataset, Setting(**job["change"]), job["seed"], job["steps"])
+    metrics = judge(net, prepare.dataset, prepare.features) if net else {}
+    return job | metrics | {"seconds": round(time.time() - begun)}
+
+
+# --- all runs ---
+
+
+def key(line):
+    return json.dumps([line[name] for name in ("data", "steps", "seed", "change")], sort_keys=True)
+
+
+def read(path=RESULTS):
+    """Return the lines of a file of results; one cut short by a kill is left out."""
+    lines = path.read_text().splitlines() if path.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("}")]
+
+
+def jobs(name, tables, seeds, steps):
+    """Return all runs of these tables, each once, those of the first seed first."""
+    rows = [how for title, rows in TABLES.items() if title[0] in tables for _, how, _ in rows]
+    about = [
+        {"data": name, "steps": steps, "seed": seed, "change": how}
+        for seed in range(seeds)
+        for how in rows
+    ]
+    return list({key(job): job for job in about}.values())
+
+
+def run_all(args, path=RESULTS):
+    dataset = data.load_data(args.data)
+    name = Path(args.data).name
+    x, y = data.batch(dataset, len(dataset.labels), seed=0, step=0)
+    features, accuracy = train_classifier(x, y, len(dataset.classes))
+    print(f"{name}: the classifier is right of {accuracy:.1%} of the images that it has not seen")
+    done = {key(line) for line in read(path)}
+    todo = [job for job in jobs(name, args.tables, args.seeds, args.steps) if key(job) not in done]
+    about = {"commit": (train.commit() or "")[:12], "torch": torch.__version__}
+    about |= {"machine": processor(), "accuracy": round(accuracy, 4)}
+    options = dict(initializer=prepare, initargs=(args.data, features))
+    with get_context("spawn").Pool(args.workers, **options) as pool, path.open("a") as file:
+        for line in tqdm(pool.imap_unordered(run, todo), total=len(todo)):
+            file.write(json.dumps(line | about) + "\n")
+            file.flush()
+
+
+def processor():
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    names = (line.split(": ")[1] for line in lines if line.startswith("model name"))
+    return next(names, platform.processor())
+
+
+# --- what came out ---
+
+
+def collect(lines, name, how):
+    """Return {metric: its values by seed} of a setting; those of diverged runs are infinite."""
+    same = json.loads(json.dumps(how))
+    found = [line for line in lines if line["data"] == name and line["change"] == same]
+    return {metric: [line.get(metric, math.inf) for line in found] for metric in METRICS}
+
+
+def ranks(values):
+    return torch.tensor(values, dtype=torch.float64).argsort().argsort().double()
+
+
+def rank_correlation(a, b):
+    """Return Spearman's correlation of two lists without ties."""
+    return torch.corrcoef(torch.stack((ranks(a), ranks(b))))[0, 1].item()
+
+
+def cell(values, metric):
+    if not values:
+        return "-"
+    if math.inf in values:
+        return f"diverged ({sum(map(math.isinf, values))} of {len(values)})"
+    form = "{:.1%}" if metric == "class" else "{:.2f}"
+    mean = form.format(statistics.mean(values))
+    return f"{mean} ± {form.format(statistics.stdev(values))}" if len(values) > 1 else mean
+
+
+def table(lines):
+    """Print the tables as Markdown: mean and deviation over seeds."""
+    names = list(dict.fromkeys(line["data"] for line in lines))
+    for name in names:
+        runs = [line for line in lines if line["data"] == name]
+        seeds, steps = len({line["seed"] for line in runs}), {line["steps"] for line in runs}
+        print(f"{name}: {len(runs)} runs of {seeds} seeds, {', '.join(map(str, steps))} steps, ")
+        print(f"{sum(line['seconds'] for line in runs) / 3600:.1f} hours of one core, ", end="")
+        print(f"{runs[-1]['machine']}, torch {runs[-1]['torch']}, commit {runs[-1]['commit']}\n")
+    shown = [(name, metric) for name in names for metric in METRICS]
+    for title, rows in TABLES.items():
+        header = [title, "paper", *(f"{name} {metric}" for name, metric in shown)]
+        print(f"| {' | '.join(header)} |\n{'|---' * len(header)}|")
+        for label, how, published in rows:
+            cells = [label, f"{published:.2f}" if published else ""]
+            cells += [cell(collect(lines, name, how)[metric], metric) for name, metric in shown]
+            print(f"| {' | '.join(cells)} |")
+        correlations = [correlation(lines, rows, *pair) for pair in shown]
+        print(f"| *rank correlation* | | {' | '.join(correlations)} |\n")
+
+
+def correlation(lines, rows, name, metric):
+    """Return, as text, the rank correlation of a column of distances with the paper's."""
+    pairs = [(fid, collect(lines, name, how)[metric]) for _, how, fid in rows]
+    if metric not in ("pixels", "features") or not all(fid and found for fid, found in pairs):
+        return ""
+    published, ours = zip(*((fid, statistics.mean(found)) for fid, found in pairs))
+    return f"{rank_correlation(published, ours):.2f}"
+
+
+def plot(lines, path):
+    """Draw each table's distances, relative to the default's, beside the paper's."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    names = list(dict.fromkeys(line["data"] for line in lines))
+    figure, axes = pyplot.subplots(2, 4, figsize=(16, 7), layout="constrained")
+    for axis, (title, rows) in zip(axes.flat, TABLES.items()):
+        labels, hows, published = zip(*rows)
+        base = rows[0][1] if title[0] in "gh" else {}
+        reference = dict(zip(map(key_of, hows), published))[key_of(base)]
+        if reference:
+            axis.plot(labels, [a / reference for a in published], "ko--", label="paper, FID")
+        for name in names:
+            for metric, style in (("pixels", "s-"), ("features", "^:")):
+                found = [collect(lines, name, how)[metric] for how in hows]
+                unit = statistics.mean(collect(lines, name, base)[metric] or [math.nan])
+                means = [statistics.mean(values or [math.nan]) / unit for values in found]
+                spread = [statistics.stdev(v) / unit if len(v) > 1 else 0 for v in found]
+                axis.errorbar(labels, means, spread, fmt=style, label=f"{name}, {metric}")
+        axis.set(title=title, yscale="log")
+        axis.tick_params(axis="x", labelrotation=20)
+    axes.flat[0].legend()
+    figure.supylabel("distance / distance of the default (or of the first row, in g and h)")
+    figure.savefig(path, dpi=80)
+
+
+def key_of(how):
+    return json.dumps(how, sort_keys=True)
+
+
+def main(argv=None):
+    layout = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=layout)
+    parser.add_argument("--data", default="digits", help="digits, or a folder of pixels")
+    parser.add_argument("--tables", default="abcdefgh", help="their letters (default: all)")
+    parser.add_argument("--steps", type=int, default=STEPS)
+    parser.add_argument("--seeds", type=int, default=SEEDS)
+    parser.add_argument("--workers", type=int, default=os.cpu_count())
+    parser.add_argument("--table", action="store_true")
+    parser.add_argument("--plot", metavar="PNG")
+    args = parser.parse_args(argv)
+    if args.table:
+        table(read())
+    elif args.plot:
+        plot(read(), args.plot)
+    else:
+        run_all(args)
+
+
+if __name__ == "__main__":
+    main()
