@@ -15,6 +15,8 @@ Guidance or Draws. Symbols as in meanflow.py, and
     low, high  times between which it acts                                      (B,)
 """
 
+import json
+import math
 from functools import partial
 from typing import NamedTuple
 
@@ -241,6 +243,33 @@ def default_guidance(params, steps=1, one=None):
     size = architecture.width, architecture.shared + architecture.heads
     one = one or PUBLISHED.get(size, PUBLISHED[768, 12])
     return TWO_STEPS.get(size, one) if steps == 2 else one
+
+
+def check_guidance(omega, low, high):
+    """Raise ValueError unless omega >= 1 and 0 <= low <= high <= 1."""
+    if not (1 <= omega < math.inf and 0 <= low <= high <= 1):
+        hint = "give omega >= 1 and an interval of two times in [0, 1], the lower first"
+        raise ValueError(f"omega {omega:g}, interval {low:g},{high:g}: {hint}, as 8 and 0.4,0.65")
+
+
+def metadata(params):
+    """Return what a checkpoint says of its default guidance and its latents, {key: JSON}."""
+    return {"guidance": json.dumps(default_guidance(params)), "latents": json.dumps(LATENTS)}
+
+
+def read_metadata(metadata, params):
+    """Return (omega, low, high), and mean and deviation of latents, each (4, 1, 1).
+
+    Where the metadata does not say, they are the published for this size. Raises ValueError,
+    TypeError, KeyError or RuntimeError if it says nonsense.
+    """
+    omega, low, high = json.loads(metadata.get("guidance", "null")) or default_guidance(params)
+    check_guidance(omega, low, high)
+    stats, like = json.loads(metadata.get("latents", "null")) or LATENTS, params["class_tokens"]
+    mean, std = (torch.tensor(stats[k]).view(4, 1, 1).to(like) for k in ("mean", "std"))
+    if not (std > 0).all():
+        raise ValueError("std is not positive")
+    return (omega, low, high), mean, std
 
 
 def init(size="iB/2", *, channels=4, classes=1000, generator):

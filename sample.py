@@ -134,9 +134,11 @@ def convert(path, tensors, convention=None):
     """Return the parameters of our DiT from tensors with the names of DiT or its descendants.
 
     Of eight output channels the first four are kept. Without an embedding of t - r the network
-    predicts a velocity, in one of CONVENTIONS, and what is returned has no `h_embedder`. Raises
-    ValueError for anything else.
+    predicts a velocity, in one of CONVENTIONS, and what is returned has no `h_embedder`. Those of
+    an iMF are returned as its parameters. Raises ValueError for anything else.
     """
+    if is_imf(tensors):
+        return convert_imf(path, tensors)
     params = rename(tensors)
     try:
         width, _, patch, channels, _ = architecture = config(params)
@@ -167,6 +169,15 @@ def convert(path, tensors, convention=None):
     return {name: p.float() for name, p in params.items()}
 
 
+def convert_imf(path, tensors):
+    try:
+        params = imf.convert(tensors)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}: {WEIGHTS}") from None
+    data.check_tensors(path, params, {k: tuple(p.shape) for k, p in params.items()}, WEIGHTS)
+    return {name: p.float() for name, p in params.items()}
+
+
 def reverse_time(params):
     """Change the parameters of v(z, t) in place to those of -v(z, 1 - t).
 
@@ -186,7 +197,7 @@ def image_size(path, architecture, tensors, metadata):
     Of a file without metadata, this follows from its positions; four channels are latents, and of
     ImageNet's 1,000 classes they are 32 wide, as of 256x256 images.
     """
-    _, _, patch, channels, classes = architecture
+    patch, channels, classes = architecture.patch, architecture.channels, architecture.classes
     if not {"kind", "resolution"} & metadata.keys():
         kind = "latents" if channels == 4 else "pixels"
         if "pos_embed" in tensors:
@@ -206,67 +217,34 @@ def load(path, device="cpu", convention=None):
     """Return the ImageModel of a checkpoint, in float32 and without a VAE.
 
     path: as for `find_checkpoint`. A velocity is made to ignore t - r, so that sampling is Euler's
-    method. Raises FileNotFoundError or ValueError, with one line.
+    method; an iMF comes without its v head. Raises FileNotFoundError or ValueError, with one line.
     """
     path = find_checkpoint(path)
     tensors, metadata = read_weights(path)
-    if is_imf(tensors):
-        return load_imf(path, tensors, metadata, device)
     params = convert(path, tensors, convention)
-    architecture = config(params)
+    architecture = (imf.config if is_imf(params) else config)(params)
     kind, side = image_size(path, architecture, tensors, metadata)
+    shape = (architecture.channels, side, side)
+    if is_imf(params):
+        used = {name: p.to(device) for name, p in params.items() if not name.startswith("v_")}
+        try:
+            return imf_model(used, kind, shape, metadata)
+        except (ValueError, TypeError, KeyError, RuntimeError) as error:
+            raise ValueError(f"{path}: metadata guidance or latents: {error}: redo it") from None
     params = {name: torch.zeros(shape) for name, shape in shapes(architecture).items()} | params
     params = {name: p.to(device) for name, p in params.items()}
-    return ImageModel(params, kind, (architecture.channels, side, side))
+    return ImageModel(params, kind, shape)
 
 
 def is_imf(tensors):
     return any("shared_blocks." in name for name in tensors)
 
 
-def convert_imf(path, tensors):
-    """Return the parameters of an iMF from tensors with the published names."""
-    try:
-        params = imf.convert(tensors)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}: {WEIGHTS}") from None
-    data.check_tensors(path, params, {k: tuple(p.shape) for k, p in params.items()}, WEIGHTS)
-    return {name: p.float() for name, p in params.items()}
-
-
-def load_imf(path, tensors, metadata, device):
-    """Return the ImageModel of an iMF, without its v head."""
-    params = convert_imf(path, tensors)
-    width, _, _, patch, channels, classes, _ = imf.config(params)
-    kind, side = image_size(path, (width, 0, patch, channels, classes), tensors, metadata)
-    used = {name: p.to(device) for name, p in params.items() if not name.startswith("v_")}
-    try:
-        return imf_model(used, kind, (channels, side, side), metadata)
-    except (ValueError, TypeError, KeyError, RuntimeError) as error:
-        raise ValueError(f"{path}: metadata guidance or latents: {error}: redo it") from None
-
-
 def imf_model(params, kind, shape, metadata):
-    """Return the ImageModel of an iMF's parameters.
-
-    Its guidance and the mean and deviation of its latents are the metadata's, or the published.
-    """
-    omega, low, high = json.loads(metadata.get("guidance", "null")) or imf.default_guidance(params)
-    check_guidance(omega, low, high)
-    found = ImageModel(params, kind, shape, guidance=(omega, low, high))
-    if kind == "pixels":
-        return found
-    stats = json.loads(metadata.get("latents", "null")) or imf.LATENTS
-    mean, std = (torch.tensor(stats[k]).view(4, 1, 1).to(params[LABELS]) for k in ("mean", "std"))
-    if not (std > 0).all():
-        raise ValueError("std is not positive")
-    return found._replace(scale=1 / std, shift=mean)
-
-
-def check_guidance(omega, low, high):
-    if not (1 <= omega < math.inf and 0 <= low <= high <= 1):
-        hint = "give omega >= 1 and an interval of two times in [0, 1], the lower first"
-        raise ValueError(f"omega {omega:g}, interval {low:g},{high:g}: {hint}, as 8 and 0.4,0.65")
+    """Return the ImageModel of an iMF's parameters, as its metadata says or else the published."""
+    guidance, mean, std = imf.read_metadata(metadata, params)
+    found = ImageModel(params, kind, shape, guidance=guidance)
+    return found if kind == "pixels" else found._replace(scale=1 / std, shift=mean)
 
 
 def count_classes(params):
@@ -499,7 +477,7 @@ def choose_guidance(args, model):
         raise ValueError(f"--interval {args.interval}: give two times, the lower first")
     chosen = [(omega, *interval) for omega in args.omega or [omega]]
     for guidance in chosen:
-        check_guidance(*guidance)
+        imf.check_guidance(*guidance)
     return chosen
 
 

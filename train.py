@@ -71,7 +71,7 @@ RECIPES = {  # Table 4 and the authors' code, for each of model.SIZES
     "L/2": Recipe(0.2, 0.92, (0.0, 0.8), 1e-4, 256, 240, 1281167, 0.9999),
     "XL/2": Recipe(0.2, 0.92, (0.0, 0.75), 1e-4, 256, 240, 1281167, 0.9999),
     # improved MeanFlow, whose guidance is drawn; the authors' code, for each of imf.SIZES
-    "iT/2": Recipe(1.0, 0.0, (0.0, 1.0), 3e-3, 64, 107, 1797, 0.998),
+    "iT/2": Recipe(1.0, 0.0, (0.0, 1.0), 6e-3, 32, 28, 1797, 0.998),
     "iB/2": Recipe(1.0, 0.0, (0.0, 1.0), 1e-4, 1024, 640, 1281167, 0.9999, 12_510),
     "iM/2": Recipe(1.0, 0.0, (0.0, 1.0), 1e-4, 1024, 640, 1281167, 0.9999, 12_510),
     "iL/2": Recipe(1.0, 0.0, (0.0, 1.0), 1e-4, 1024, 640, 1281167, 0.9999, 12_510),
@@ -542,14 +542,9 @@ def warm_start(params, path, convention, classes):
     name, or else by number among as many, starts as its null label.
     """
     path, hint = sample.find_checkpoint(path), "give --init weights of the same --size and channels"
+    hint += " (of an iMF with v_heads)" if sample.is_imf(params) else ""
     tensors, metadata = sample.read_weights(path)
-    improved = sample.is_imf(params)
-    if sample.is_imf(tensors) != improved:
-        raise ValueError(f"{path} is {'no' if improved else 'an'} iMF: {hint}")
-    if improved and not any(name.startswith("v_heads") for name in tensors):
-        raise ValueError(f"{path} has no v_heads, so it can only be drawn from: {hint}")
-    convert = partial(sample.convert, convention=convention)
-    taken, table = (sample.convert_imf if improved else convert)(path, tensors), sample.LABELS
+    taken, table = sample.convert(path, tensors, convention), sample.LABELS
     *rows, null = taken[table]
     rows = dict(zip(class_names(path, metadata, classes, len(rows)), rows))
     taken[table] = torch.stack([*(rows.get(name, null) for name in classes), null])
@@ -613,8 +608,7 @@ def open_run(args, dataset, start, world):
     scorer = fid.scorer(args.fid, args.inception, images, world) if args.fid else None
     state = begin(args, dataset, start, world)
     if improved:
-        metadata["guidance"] = json.dumps(imf.default_guidance(state.ema))
-        metadata |= {"latents": json.dumps(imf.LATENTS)} if kind == "latents" else {}
+        metadata |= imf.metadata(state.ema)
         model = sample.imf_model(state.ema, kind, shape, metadata)._replace(vae=vae)
     else:
         model = sample.ImageModel(state.ema, kind, shape, vae)

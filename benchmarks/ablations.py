@@ -19,7 +19,6 @@ import argparse
 import json
 import math
 import os
-import platform
 import statistics
 import sys
 import time
@@ -29,6 +28,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from step import processor
 from torch import nn
 from torch.multiprocessing import get_context
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -271,10 +271,21 @@ def key(line):
     return json.dumps([line[name] for name in ("data", "steps", "seed", "change")], sort_keys=True)
 
 
-def read(path=RESULTS):
+def read(path):
     """Return the lines of a file of results; one cut short by a kill is left out."""
     lines = path.read_text().splitlines() if path.exists() else []
     return [json.loads(line) for line in lines if line.endswith("}")]
+
+
+def run_missing(run, jobs, path, about, initargs, workers=None):
+    """Run the jobs side by side, and add the line of each to a file of results, with `about`."""
+    with data.atomic_write(path) as temporary:  # without a line cut short
+        temporary.write_text("".join(json.dumps(line) + "\n" for line in read(path)))
+    options = dict(initializer=prepare, initargs=initargs)
+    with get_context("spawn").Pool(workers, **options) as pool, path.open("a") as file:
+        for line in tqdm(pool.imap_unordered(run, jobs), total=len(jobs)):
+            file.write(json.dumps(line | about) + "\n")
+            file.flush()
 
 
 def jobs(name, tables, seeds, steps):
@@ -288,27 +299,22 @@ def jobs(name, tables, seeds, steps):
     return list({key(job): job for job in about}.values())
 
 
-def run_all(args, path=RESULTS):
+def run_all(args):
     dataset = data.load_data(args.data)
     name = Path(args.data).name
     x, y = data.batch(dataset, len(dataset.labels), seed=0, step=0)
     features, accuracy = train_classifier(x, y, len(dataset.classes))
     print(f"{name}: the classifier is right of {accuracy:.1%} of the images that it has not seen")
-    done = {key(line) for line in read(path)}
+    done = {key(line) for line in read(RESULTS)}
     todo = [job for job in jobs(name, args.tables, args.seeds, args.steps) if key(job) not in done]
-    about = {"commit": (train.commit() or "")[:12], "torch": torch.__version__}
-    about |= {"machine": processor(), "accuracy": round(accuracy, 4)}
-    options = dict(initializer=prepare, initargs=(args.data, features))
-    with get_context("spawn").Pool(args.workers, **options) as pool, path.open("a") as file:
-        for line in tqdm(pool.imap_unordered(run, todo), total=len(todo)):
-            file.write(json.dumps(line | about) + "\n")
-            file.flush()
+    about = machine() | {"accuracy": round(accuracy, 4)}
+    run_missing(run, todo, RESULTS, about, (args.data, features), args.workers)
 
 
-def processor():
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    names = (line.split(": ")[1] for line in lines if line.startswith("model name"))
-    return next(names, platform.processor())
+def machine():
+    """Return what a line says of where it was made."""
+    commit = (train.commit() or "")[:12]
+    return {"commit": commit, "torch": torch.__version__, "machine": processor()}
 
 
 # --- what came out ---
@@ -415,9 +421,9 @@ def main(argv=None):
     parser.add_argument("--plot", metavar="PNG")
     args = parser.parse_args(argv)
     if args.table:
-        table(read())
+        table(read(RESULTS))
     elif args.plot:
-        plot(read(), args.plot)
+        plot(read(RESULTS), args.plot)
     else:
         run_all(args)
 

@@ -478,7 +478,9 @@ def test_a_dit_takes_no_omega_and_starts_from_no_imf(tmp_path):
     with pytest.raises(ValueError, match="--omega would be ignored as .* is no iMF: leave it out"):
         sample.main([str(path), "--omega", "3"], data.World())
     torch.save(grey(), tmp_path / "x.pth")
-    with pytest.raises(ValueError, match="x.pth is an iMF: give --init weights of the same --size"):
+    with pytest.raises(
+        ValueError, match="x.pth: .* is missing, should be .*: give --init weights of the same"
+    ):
         train.warm_start(dit, tmp_path / "x.pth", None, list("abc"))
 
 
@@ -496,11 +498,15 @@ def test_training_starts_from_an_imf_that_has_its_v_head(tmp_path):
     assert torch.equal(rows, full[sample.LABELS][[1, 3, 2, 3]])
     assert all(torch.equal(p, full[name]) for name, p in taken.items())
     save_file(grey(), path, metadata)
-    with pytest.raises(ValueError, match="x.safetensors has no v_heads, so it can only be drawn f"):
+    with pytest.raises(
+        ValueError, match="x.safetensors: v_heads.0.* is missing.*of an iMF with v_heads"
+    ):
         train.warm_start(fresh, path, None, ["b", "x", "c"])
     dit = model.init((64, 1, 2), channels=1, classes=3, generator=g)
     save_file(dit, path, metadata)
-    with pytest.raises(ValueError, match="x.safetensors is no iMF: give --init weights of the sam"):
+    with pytest.raises(
+        ValueError, match="x.safetensors: .* is missing, should be .*: give --init weights"
+    ):
         train.warm_start(fresh, path, None, ["b", "x", "c"])
     other = imf.init((64, 2, 1, 2), channels=1, classes=3, generator=g)
     save_file(other, path, metadata)
