@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# All that only a GPU can show, the most telling first, with results in gpu/: about 25 minutes.
+# All that only a GPU can show, the most telling first, with results in gpu/: about 35 minutes.
 #
 #     benchmarks/gpu.sh [DATA]     DATA: pixels that data.py wrote, as of CIFAR-10, to train B/4 on
 #
@@ -25,6 +25,8 @@ for batch in $BATCHES; do  # what does a step cost?
     run python benchmarks/step.py --size "$SIZE" --batch "$batch" --only ours
 done
 first=${BATCHES%% *}
+name=step-imf limit=300
+run python benchmarks/step.py --size "${IMF:-iXL/2}" --batch "$first" --only ours
 name=step-authors limit=400
 run python benchmarks/step.py --size "$SIZE" --batch "$first" --only authors ours --limit 240
 name=profile limit=200
@@ -45,4 +47,6 @@ run python benchmarks/evaluation.py --seconds "${SECONDS_EACH:-5}"
 if [ $# = 1 ]; then  # does it learn?
     name=learn limit=600
     run python train.py --size "${LEARN:-B/4}" --data "$1" --lr 2e-4 --steps "${LEARN_STEPS:-20000}" --out "$OUT/learn"
+    name=learn-imf  # in the same time: the limit makes it save and end
+    run python train.py --size "${LEARN_IMF:-iB/2}" --data "$1" --batch 256 --lr 2e-4 --steps "${LEARN_STEPS:-20000}" --out "$OUT/learn-imf"
 fi
