@@ -49,14 +49,13 @@ LATENTS = {  # of sd-vae-ft-mse, by channel: an iMF makes (latent - mean) / std
     "mean": (0.86488, -0.27787343, 0.21616915, 0.3738409),
     "std": (4.85503674, 5.31922414, 3.93725398, 3.9870003),
 }
-PUBLISHED = {  # omega, low, high to sample with, by (width, blocks on the way to u)
-    (64, 4): (1.5, 0.0, 1.0),  # ours, for the digits
-    (768, 12): (8.0, 0.40, 0.65),
-    (768, 24): (10.5, 0.40, 0.60),
-    (1024, 32): (10.5, 0.40, 0.60),
-    (1024, 48): (8.0, 0.42, 0.62),
+GUIDANCE = {  # omega, low, high to sample with in one step, in two or more: the authors'
+    (64, 4): [(1.5, 0.0, 1.0)],  # ours, for the digits
+    (768, 12): [(8.0, 0.40, 0.65)],  # (width, blocks on the way to u) of B
+    (768, 24): [(10.5, 0.40, 0.60)],
+    (1024, 32): [(10.5, 0.40, 0.60)],
+    (1024, 48): [(8.0, 0.42, 0.62), (4.0, 0.36, 0.64)],
 }
-TWO_STEPS = {(1024, 48): (4.0, 0.36, 0.64)}
 SIZES = {  # width, shared blocks, blocks of a head, patch
     "iT/2": (64, 2, 2, 2),  # not the paper's: for the 8x8 digits
     "iB/2": (768, 4, 8, 2),
@@ -90,14 +89,13 @@ class Draws(NamedTuple):
 def draw(shape, *, generator, share=0.5, most=8.0):
     """Draw a step's randomness for data of `shape` = (B, ...), float32.
 
-    As meanflow.draw, with r = t in half of the rows. omega is log-uniform from 1 to `most`; it acts
-    for t in [low, high], uniform in the halves of [0, 1], and always where r = t.
+    As meanflow.draw, with r = t in half of the rows. omega is log-uniform from 1 to `most` (1: no
+    guidance); it acts for t in [low, high], uniform in the halves of [0, 1], always where r = t.
     """
     e, t, r, drop = meanflow.draw(shape, generator=generator, share=share)
     kappa, low, high = torch.rand(3, shape[0], generator=generator, device=t.device)
     kappa, low, high = 1 - most**-kappa, low / 2, (1 + high) / 2
-    first = torch.arange(shape[0], device=t.device) < int(share * shape[0])
-    low, high = torch.where(first, 0, low), torch.where(first, 1, high)
+    low, high = torch.where(r == t, 0, low), torch.where(r == t, 1, high)
     return Draws(e, t, r, drop, kappa, low, high)
 
 
@@ -154,7 +152,8 @@ def velocity_loss(u, v_head, dudt, v_guided, t, r, p, c):
 def fast_loss(x, y, draws, *, null, p=1, c=0.01, dual, velocity, equal=None):
     """Return what `loss` returns at least cost, by not evaluating what is known.
 
-    Where r = t no du/dt is needed, and the class velocity is the v head of the forward pass itself.
+    Where r = t no du/dt is needed, and the class velocity is the v head of the forward pass itself:
+    there, guidance must act at all times, as `draw` has it.
     velocity(z, t, y, kappa) -> v alone, partial(imf_velocity, params) for the network below; and
     dual(z, t, r, y, guidance, dz) -> (u, v, du/dt of the last len(dz) rows), partial(imf_jvp,
     params). equal: as in meanflow.fast_loss.
@@ -226,6 +225,8 @@ def config(params):
         labels, _ = params["y_embedder.embedding_table.weight"].shape
     except (KeyError, ValueError):
         raise ValueError("not the weights of an iMF") from None
+    if width % HEAD or width > 16 * HEAD:
+        raise ValueError(f"width {width}, where an iMF has a multiple of {HEAD} up to {16 * HEAD}")
 
     def depth(kind):
         return sum(f"{kind}.{i}.attn.qkv.weight" in params for i in range(len(params)))
@@ -234,42 +235,49 @@ def config(params):
     return Config(width, shared, heads, patch, channels, labels - 1, trains)
 
 
-def default_guidance(params, steps=1, one=None):
-    """Return the published (omega, low, high) for this size, or iMF-B's for another.
+def default_guidance(params):
+    """Return [(omega, low, high) for one step, for two or more] of this size, or of iMF-B.
 
-    one: what to return in place of that, unless there is a published one for two steps.
+    With a single class there is none: omega = 1.
     """
-    architecture = config(params)
-    size = architecture.width, architecture.shared + architecture.heads
-    one = one or PUBLISHED.get(size, PUBLISHED[768, 12])
-    return TWO_STEPS.get(size, one) if steps == 2 else one
+    size = config(params)
+    if size.classes == 1:
+        return [(1.0, 0.0, 1.0)]
+    return GUIDANCE.get((size.width, size.shared + size.heads), GUIDANCE[768, 12])
 
 
 def check_guidance(omega, low, high):
-    """Raise ValueError unless omega >= 1 and 0 <= low <= high <= 1."""
+    """Return the three. Raise ValueError unless omega >= 1 and 0 <= low <= high <= 1."""
     if not (1 <= omega < math.inf and 0 <= low <= high <= 1):
         hint = "give omega >= 1 and an interval of two times in [0, 1], the lower first"
         raise ValueError(f"omega {omega:g}, interval {low:g},{high:g}: {hint}, as 8 and 0.4,0.65")
+    return omega, low, high
 
 
-def metadata(params):
+def metadata(params, kind):
     """Return what a checkpoint says of its default guidance and its latents, {key: JSON}."""
-    return {"guidance": json.dumps(default_guidance(params)), "latents": json.dumps(LATENTS)}
+    values = {"guidance": default_guidance(params)} | (
+        {"latents": LATENTS} if kind == "latents" else {}
+    )
+    return {key: json.dumps(value) for key, value in values.items()}
 
 
-def read_metadata(metadata, params):
+def read_metadata(path, metadata, params, steps):
     """Return (omega, low, high), and mean and deviation of latents, each (4, 1, 1).
 
-    Where the metadata does not say, they are the published for this size. Raises ValueError,
-    TypeError, KeyError or RuntimeError if it says nonsense.
+    Where the metadata of the file `path` does not say, they are the published. Raises ValueError.
     """
-    omega, low, high = json.loads(metadata.get("guidance", "null")) or default_guidance(params)
-    check_guidance(omega, low, high)
-    stats, like = json.loads(metadata.get("latents", "null")) or LATENTS, params["class_tokens"]
-    mean, std = (torch.tensor(stats[k]).view(4, 1, 1).to(like) for k in ("mean", "std"))
-    if not (std > 0).all():
-        raise ValueError("std is not positive")
-    return (omega, low, high), mean, std
+    try:
+        guidance = json.loads(metadata.get("guidance", "null")) or default_guidance(params)
+        guidance = check_guidance(*guidance[min(steps, len(guidance)) - 1])
+        stats, like = json.loads(metadata.get("latents", "null")) or LATENTS, params["class_tokens"]
+        mean, std = (torch.tensor(stats[k]).view(4, 1, 1).to(like) for k in ("mean", "std"))
+        if not (std > 0).all():
+            raise ValueError
+    except (ValueError, TypeError, KeyError, RuntimeError):
+        want = "a list of [omega, low, high] and {mean, std > 0} of four numbers each"
+        raise ValueError(f"{path}: metadata guidance or latents are not {want}: redo it") from None
+    return guidance, mean, std
 
 
 def init(size="iB/2", *, channels=4, classes=1000, generator):
@@ -299,10 +307,10 @@ def init(size="iB/2", *, channels=4, classes=1000, generator):
 
 
 def convert(tensors):
-    """Return parameters from tensors with the published names.
+    """Return parameters, float32, from tensors with the published names.
 
     With or without `net.`, `_flax_linear.` and `_flax_embedding.`; q, k and v become one tensor.
-    Raises ValueError with the name of a tensor that is missing, unknown or misshapen.
+    Raises ValueError with the name of a tensor that is missing, unknown, misshapen or not finite.
     """
     params = {}
     for name, p in tensors.items():
@@ -320,7 +328,9 @@ def convert(tensors):
         if found.get(name) != wanted.get(name):
             got, want = found.get(name, "missing"), wanted.get(name, "absent")
             raise ValueError(f"{name} is {got}, should be {want}")
-    return params
+        if not params[name].isfinite().all():
+            raise ValueError(f"{name} has values that are not finite")
+    return {name: p.float() for name, p in params.items()}
 
 
 def rms_norm(x, weight):
@@ -375,7 +385,10 @@ def embed(params, z, h, y, guidance):
 
 def head(params, kind, x, rope, like, block):
     """Apply the blocks and the output of the head "u" or "v"; return it shaped like `like`."""
-    for w in block_params(params, f"{kind}_heads"):
+    blocks = block_params(params, f"{kind}_heads")
+    if not blocks:
+        raise ValueError(f"there are no {kind}_heads: these parameters can only be drawn from")
+    for w in blocks:
         x = block(w, x, rope)
     x = rms_norm(x[:, sum(TOKENS.values()) :], params[f"{kind}_final_layer.norm.weight"])
     x = linear(params, f"{kind}_final_layer.linear", x)

@@ -137,10 +137,10 @@ def convert(path, tensors, convention=None):
     predicts a velocity, in one of CONVENTIONS, and what is returned has no `h_embedder`. Those of
     an iMF are returned as its parameters. Raises ValueError for anything else.
     """
-    if is_imf(tensors):
-        return convert_imf(path, tensors)
     params = rename(tensors)
     try:
+        if is_imf(tensors):
+            return imf.convert(tensors)
         width, _, patch, channels, _ = architecture = config(params)
     except ValueError as error:
         raise ValueError(f"{path}: {error}: {WEIGHTS}") from None
@@ -166,15 +166,6 @@ def convert(path, tensors, convention=None):
         )
     if convention == "sit":
         reverse_time(params)
-    return {name: p.float() for name, p in params.items()}
-
-
-def convert_imf(path, tensors):
-    try:
-        params = imf.convert(tensors)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}: {WEIGHTS}") from None
-    data.check_tensors(path, params, {k: tuple(p.shape) for k, p in params.items()}, WEIGHTS)
     return {name: p.float() for name, p in params.items()}
 
 
@@ -213,11 +204,12 @@ def image_size(path, architecture, tensors, metadata):
     return kind, side
 
 
-def load(path, device="cpu", convention=None):
+def load(path, device="cpu", convention=None, steps=1):
     """Return the ImageModel of a checkpoint, in float32 and without a VAE.
 
     path: as for `find_checkpoint`. A velocity is made to ignore t - r, so that sampling is Euler's
-    method; an iMF comes without its v head. Raises FileNotFoundError or ValueError, with one line.
+    method; an iMF comes without its v head, with its guidance for so many steps. Raises
+    FileNotFoundError or ValueError, with one line.
     """
     path = find_checkpoint(path)
     tensors, metadata = read_weights(path)
@@ -226,11 +218,8 @@ def load(path, device="cpu", convention=None):
     kind, side = image_size(path, architecture, tensors, metadata)
     shape = (architecture.channels, side, side)
     if is_imf(params):
-        used = {name: p.to(device) for name, p in params.items() if not name.startswith("v_")}
-        try:
-            return imf_model(used, kind, shape, metadata)
-        except (ValueError, TypeError, KeyError, RuntimeError) as error:
-            raise ValueError(f"{path}: metadata guidance or latents: {error}: redo it") from None
+        params = {name: p.to(device) for name, p in params.items() if not name.startswith("v_")}
+        return imf_model(path, params, kind, shape, metadata, steps)
     params = {name: torch.zeros(shape) for name, shape in shapes(architecture).items()} | params
     params = {name: p.to(device) for name, p in params.items()}
     return ImageModel(params, kind, shape)
@@ -240,9 +229,9 @@ def is_imf(tensors):
     return any("shared_blocks." in name for name in tensors)
 
 
-def imf_model(params, kind, shape, metadata):
+def imf_model(path, params, kind, shape, metadata, steps=1):
     """Return the ImageModel of an iMF's parameters, as its metadata says or else the published."""
-    guidance, mean, std = imf.read_metadata(metadata, params)
+    guidance, mean, std = imf.read_metadata(path, metadata, params, steps)
     found = ImageModel(params, kind, shape, guidance=guidance)
     return found if kind == "pixels" else found._replace(scale=1 / std, shift=mean)
 
@@ -440,8 +429,8 @@ def parse_arguments(argv):
     add("--scale", type=float, help=f"of latents, if not {data.SCALE}")
     what = "; ".join(f"{name}: {meaning}" for name, meaning in CONVENTIONS.items())
     add("--convention", choices=CONVENTIONS, help=f"of a network that predicts a velocity: {what}")
-    add("--omega", type=numbers, help="an iMF's guidance; of several, as 1,4,8, each has its row")
-    add("--interval", type=numbers, metavar="LOW,HIGH", help="times between which it acts")
+    add("--omega", help="an iMF's guidance; of several, as 1,4,8, each has its row of the picture")
+    add("--interval", metavar="LOW,HIGH", help="times between which it acts")
     add("--out", help="the picture to write (default: samples.png)")
     add("--fid", metavar="REF", help="compare samples with this instead of writing a picture")
     add("--inception", help="pt_inception-2015-12-05-6726825d.pth (see fid.py)")
@@ -458,40 +447,36 @@ def parse_arguments(argv):
     if args.images and args.images.exists():
         if args.images.is_file() or any(args.images.iterdir()):
             raise ValueError(f"--images {args.images} already exists: give another name")
-    if (args.fid or args.images) and args.omega and len(args.omega) > 1:
-        raise ValueError(f"--omega {args.omega}: give one with --fid or --images")
     data.check_numbers(args, steps=1, scale=0, count=2)
     args.out, args.count = args.out or "samples.png", args.count or 50_000
     return args
 
 
-def numbers(text):
-    return [float(number) for number in text.split(",")]
-
-
 def choose_guidance(args, model):
-    """Return (omega, low, high) for each --omega, or else the model's."""
-    omega, *interval = imf.default_guidance(model.params, args.steps, model.guidance)
-    interval = args.interval or interval
-    if len(interval) != 2:
-        raise ValueError(f"--interval {args.interval}: give two times, the lower first")
-    chosen = [(omega, *interval) for omega in args.omega or [omega]]
-    for guidance in chosen:
-        imf.check_guidance(*guidance)
-    return chosen
+    """Return the guidance of each row of the picture: of an iMF (omega, low, high) by the flags,
+    or else the model's."""
+    if model.guidance is None:
+        data.refuse(args, ["omega", "interval"], f"as {args.checkpoint} is no iMF")
+        return [None]
+    data.refuse(args, ["convention", "scale"], f"as {args.checkpoint} is an iMF")
+    omega, low, high = model.guidance
+    try:
+        omegas = [*map(float, args.omega.split(","))] if args.omega else [omega]
+        low, high = map(float, args.interval.split(",")) if args.interval else (low, high)
+    except ValueError:
+        hint = "give numbers, as 1,4,8 and two times, as 0.4,0.65"
+        raise ValueError(f"--omega {args.omega} --interval {args.interval}: {hint}") from None
+    if len(omegas) > 1 and (args.fid or args.images):
+        raise ValueError(f"--omega {args.omega}: give one with --fid or --images")
+    return [imf.check_guidance(omega, low, high) for omega in omegas]
 
 
 def main(argv, world):
     args = parse_arguments(argv)
-    model = load(args.checkpoint, world.device, args.convention)
+    model = load(args.checkpoint, world.device, args.convention, args.steps)
     check_picture(args.out, image_shape(model.kind, model.shape)[0])
     classes = parse_classes(args.classes, count_classes(model.params))
-    guidances = [None]
-    if model.guidance:
-        data.refuse(args, ["convention", "scale"], f"as {args.checkpoint} is an iMF")
-        guidances = choose_guidance(args, model)
-    else:
-        data.refuse(args, ["omega", "interval"], f"as {args.checkpoint} is no iMF")
+    guidances = choose_guidance(args, model)
     if model.kind == "pixels":
         data.refuse(args, ["vae", "scale"], f"as {args.checkpoint} makes pixels")
     elif args.vae is None:

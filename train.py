@@ -1,6 +1,7 @@
 """Train MeanFlow: by default on the embedded digits, in about two minutes on a laptop.
 
     python train.py
+    python train.py --size iT                                the digits, by improved MeanFlow
     torchrun --nproc-per-node 2 train.py                     the digits, shared by two processes
     torchrun --nproc-per-node 8 train.py --size XL --data data/imagenet       on eight GPUs
 
@@ -60,7 +61,7 @@ class Recipe(NamedTuple):
     epochs: int
     images: int  # of the data set that the epochs are for
     ema: float
-    warmup: int = 0  # steps in which lr grows from 0
+    warmup: int = 0  # epochs in which lr grows from 0
 
 
 RECIPES = {  # Table 4 and the authors' code, for each of model.SIZES
@@ -71,11 +72,11 @@ RECIPES = {  # Table 4 and the authors' code, for each of model.SIZES
     "L/2": Recipe(0.2, 0.92, (0.0, 0.8), 1e-4, 256, 240, 1281167, 0.9999),
     "XL/2": Recipe(0.2, 0.92, (0.0, 0.75), 1e-4, 256, 240, 1281167, 0.9999),
     # improved MeanFlow, whose guidance is drawn; the authors' code, for each of imf.SIZES
-    "iT/2": Recipe(1.0, 0.0, (0.0, 1.0), 6e-3, 32, 28, 1797, 0.998),
-    "iB/2": Recipe(1.0, 0.0, (0.0, 1.0), 1e-4, 1024, 640, 1281167, 0.9999, 12_510),
-    "iM/2": Recipe(1.0, 0.0, (0.0, 1.0), 1e-4, 1024, 640, 1281167, 0.9999, 12_510),
-    "iL/2": Recipe(1.0, 0.0, (0.0, 1.0), 1e-4, 1024, 640, 1281167, 0.9999, 12_510),
-    "iXL/2": Recipe(1.0, 0.0, (0.0, 1.0), 1e-4, 1024, 800, 1281167, 0.9999, 12_510),
+    "iT/2": Recipe(None, None, None, 6e-3, 32, 28, 1797, 0.998),
+    "iB/2": Recipe(None, None, None, 1e-4, 1024, 640, 1281167, 0.9999, 10),
+    "iM/2": Recipe(None, None, None, 1e-4, 1024, 640, 1281167, 0.9999, 10),
+    "iL/2": Recipe(None, None, None, 1e-4, 1024, 640, 1281167, 0.9999, 10),
+    "iXL/2": Recipe(None, None, None, 1e-4, 1024, 800, 1281167, 0.9999, 10),
 }
 
 
@@ -124,11 +125,11 @@ class Objective(torch.nn.Module):
         self.mixed = precision == "bfloat16"
 
     def forward(self, x, y, draws, equal):
-        """Return the mean loss, and each row's t, r, loss and raw squared error, (B, 4)."""
+        """Return the mean loss, and each row's t, r, loss and raw squared errors, (B, 4 or 5)."""
         with torch.autocast(x.device.type, torch.bfloat16, enabled=self.mixed):
             loss, raw = self.loss(x, y, draws, equal=equal)
-        raw = raw.reshape(len(raw), -1)[:, 0]  # of u
-        return loss.mean(), torch.stack((draws.t, draws.r, loss.detach(), raw), 1)
+        rows = torch.stack((draws.t, draws.r, loss.detach()), 1)
+        return loss.mean(), torch.cat((rows, raw.reshape(len(raw), -1)), 1)
 
 
 def parallel(objective, world):
@@ -158,7 +159,8 @@ def stream(dataset, batch, seed, start, world, parts=1, improved=False):
         if not improved:
             whole = draw((batch, *dataset.shape), generator=g, share=SHARE)
         else:
-            whole = imf.draw((batch, *dataset.shape), generator=g)
+            most = 8 if len(dataset.classes) > 1 else 1
+            whole = imf.draw((batch, *dataset.shape), generator=g, most=most)
             x = imf.normalize(x / data.SCALE) if dataset.kind == "latents" else x
         rows, made = [x, y, *(d[rank::size] for d in whole)], []
         for k in range(parts):
@@ -230,7 +232,9 @@ def read_log(folder, step, run):
     except (ValueError, TypeError, KeyError):
         raise ValueError(f"{path} is not the log of a run: choose another --out") from None
     for key in run:
-        if key not in ("steps", "precision", "commit", "torch") and before.get(key) != run[key]:
+        if key in ("steps", "warmup", "precision", "commit", "torch"):
+            continue
+        if before.get(key) != run[key]:
             found = f"{key} {before.get(key)}, not {run[key]}"
             raise ValueError(f"{folder} holds a run with {found}: choose another --out")
     return [first, *rest]
@@ -275,11 +279,11 @@ def log_means(log, folder, history, grad_norm, rate):
     """
     rows = torch.cat([F.pad(rows, (1, 0), value=step) for step, rows in history])
     rows = torch.cat(fid.all_gather(rows.double().cpu()))
-    step, t, r, loss, raw = rows.unbind(1)
+    step, t, r, loss, raw, *raw_v = rows.unbind(1)
     bad = rows[~rows.isfinite().all(1)]
     if len(bad):
         bad = bad[bad[:, 0] == bad[:, 0].min()]
-        times = ", ".join(f"({t:.4f}, {r:.4f})" for _, t, r, _, _ in bad[:8].tolist())
+        times = ", ".join(f"({t:.4f}, {r:.4f})" for _, t, r, *_ in bad[:8].tolist())
         times += ", ..." * (len(bad) > 8)
         where = f"step {bad[0, 0]:.0f} in {len(bad)} rows, with (t, r) = {times}"
         raise ValueError(f"the loss is not finite at {where}; {last_good(folder)}")
@@ -292,14 +296,15 @@ def log_means(log, folder, history, grad_norm, rate):
         "loss": mean(loss),
         "raw_equal": mean(raw[t == r]),
         "raw_differ": mean(raw[t > r]),
+        **{"raw_v": mean(error) for error in raw_v},  # of the v head of an iMF
         "grad_norm": grad_norm,
         "images_per_second": round(rate, 1),
         "time": round(time.time(), 3),
     }
     if log:
         log.write(json.dumps(line) + "\n")
-    shown = ("raw_equal", "raw_differ", "grad_norm", "images_per_second")
-    return {name: f"{line[name]:.4g}" for name in shown if line[name] is not None}
+    shown = ("raw_equal", "raw_differ", "raw_v", "grad_norm", "images_per_second")
+    return {name: f"{line[name]:.4g}" for name in shown if line.get(name) is not None}
 
 
 def last_good(folder):
@@ -421,7 +426,7 @@ def parse_arguments(argv):
     arguments = data.parser(__doc__)
     add = arguments.add_argument
     add("--size", default="T", help=f"{', '.join(RECIPES)}; /2 may be left out (default: T)")
-    add("--data", help="what data.py wrote, or digits (default: digits for T, else data/imagenet)")
+    add("--data", help="what data.py wrote, or digits (default for T and iT; else data/imagenet)")
     add("--vae", help="its file, to decode grids (default: show a latent's first three channels)")
     add("--fid", metavar="REF", help="log scores of samples against this (see sample.py)")
     add("--inception", help="pt_inception-2015-12-05-6726825d.pth for --fid (see fid.py)")
@@ -458,7 +463,7 @@ def parse_arguments(argv):
         changes |= parse_guidance(args.guidance)
     args.size, args.recipe = size, RECIPES[size]._replace(**changes)
     if size in imf.SIZES:
-        data.refuse(args, ["guidance", "convention"], f"as {size} draws its guidance")
+        data.refuse(args, ["guidance", "convention"], f"as {size} is an iMF")
     args.data = args.data or ("digits" if size in ("T/2", "iT/2") else "data/imagenet")
     name = "digits" if (args.data, size) == ("digits", "T/2") else size.replace("/", "-")
     args.out = args.out or Path("runs", name)
@@ -497,27 +502,33 @@ def load_dataset(args, world):
 
     Raises ValueError if it does not suit the other arguments.
     """
-    dataset = data.load_data(args.data, world.rank, world.size)
+    dataset, improved = data.load_data(args.data, world.rank, world.size), args.size in imf.SIZES
     *_, patch = (SIZES | imf.SIZES)[args.size]
     if any(side % patch for side in dataset.shape[1:]):
         found = f"{args.data} holds {dataset.shape}, not divisible by patches of {patch}"
         raise ValueError(f"{found}: choose another --size, or convert with another --resolution")
     if dataset.kind == "pixels":
         data.refuse(args, ["vae"], f"as {args.data} holds pixels")
-    elif args.size in imf.SIZES:
+    if improved:
         dataset = dataset._replace(mirror=False)  # as in the authors' code
-    if len(dataset.classes) == 1:
+    elif len(dataset.classes) == 1:
         if args.guidance and args.guidance[:2] != [1, 0]:
             data.refuse(args, ["guidance"], f"as {args.data} has one class")
         args.recipe = args.recipe._replace(omega=1.0, kappa=0.0)
     images, batch, recipe = len(dataset.labels), args.recipe.batch, args.recipe
     args.steps = args.steps or count_steps(recipe, images)
+    warmup = round(recipe.warmup / recipe.epochs * args.steps)
     if world.rank == 0:
         epochs = f"{args.steps:,} steps of {batch} are {args.steps * batch / images:,.0f} epochs"
-        scale = f"guidance scale {recipe.omega / (1 - recipe.kappa):.3g}"
-        scale = "guidance scales 1 to 8" if args.size in imf.SIZES else scale
+        scale = (
+            "guidance scales drawn"
+            if improved
+            else (f"guidance scale {recipe.omega / (1 - recipe.kappa):.3g}")
+        )
+        scale += f", --lr grows for {warmup:,} steps" if warmup else ""
         classes = f"{len(dataset.classes):,} classes"
         print(f"{args.size} on {images:,} images of {classes}: {epochs}; {scale}")
+    args.recipe = recipe._replace(warmup=warmup)
     return dataset
 
 
@@ -544,6 +555,8 @@ def warm_start(params, path, convention, classes):
     path, hint = sample.find_checkpoint(path), "give --init weights of the same --size and channels"
     hint += " (of an iMF with v_heads)" if sample.is_imf(params) else ""
     tensors, metadata = sample.read_weights(path)
+    if sample.is_imf(tensors) != sample.is_imf(params):
+        raise ValueError(f"{path} is {'no' if sample.is_imf(params) else 'an'} iMF: {hint}")
     taken, table = sample.convert(path, tensors, convention), sample.LABELS
     *rows, null = taken[table]
     rows = dict(zip(class_names(path, metadata, classes, len(rows)), rows))
@@ -591,7 +604,8 @@ def open_run(args, dataset, start, world):
     names = ("size", "init", "convention", "seed", "steps", "precision")
     run = {name: getattr(args, name) for name in names}
     run |= {"data": dataset.name, "commit": commit(), "torch": torch.__version__}
-    run |= args.recipe._asdict() | {"interval": list(args.recipe.interval)}
+    run |= {name: value for name, value in args.recipe._asdict().items() if value is not None}
+    run = json.loads(json.dumps(run))  # tuples become lists, as in the log
     lines = read_log(args.out, start, run)
     improved = args.size in imf.SIZES
     paper = "improved MeanFlow (arXiv 2512.02012)" if improved else "MeanFlow (arXiv 2505.13447)"
@@ -608,8 +622,8 @@ def open_run(args, dataset, start, world):
     scorer = fid.scorer(args.fid, args.inception, images, world) if args.fid else None
     state = begin(args, dataset, start, world)
     if improved:
-        metadata |= imf.metadata(state.ema)
-        model = sample.imf_model(state.ema, kind, shape, metadata)._replace(vae=vae)
+        metadata |= imf.metadata(state.ema, kind)
+        model = sample.imf_model(args.out, state.ema, kind, shape, metadata)._replace(vae=vae)
     else:
         model = sample.ImageModel(state.ema, kind, shape, vae)
     data.barrier()

@@ -4,8 +4,8 @@
 
 Weights, gradients, Adam's two moments and the average are 20 bytes a parameter. What the backward
 pass keeps grows with the images that a process computes at once (--batch over processes and
---accumulate). Prints both, and the --accumulate with which one GPU of 24, 80 or 141 GB holds a
-batch of 256, with 3 GB left for what comes and goes: temporary tensors, bfloat16 weights, CUDA's
+--accumulate). Prints both, and the --accumulate with which one GPU of 24, 80 or 141 GB holds the
+recipe's batch, with 3 GB left for what comes and goes: temporary tensors, bfloat16 weights, CUDA's
 own.
 """
 
@@ -16,12 +16,19 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+import imf
 import meanflow
 import model
 import train
 
 GPUS = {24: 24e9, 80: 80e9, 141: 141e9}
 LEFT = 3e9
+
+
+def shapes(size):
+    if size in imf.SIZES:
+        return imf.shapes(imf.Config(*imf.SIZES[size], 4, 1000, True))
+    return model.shapes(model.Config(*model.SIZES[size], 4, 1000))
 
 
 def kept(size, batch, device="cpu"):
@@ -34,11 +41,9 @@ def kept(size, batch, device="cpu"):
         return tensor
 
     with FakeTensorMode():
-        width, depth, patch = model.SIZES[size]
-        shapes = model.shapes(model.Config(width, depth, patch, 4, 1000))
         params = {
             name: torch.nn.Parameter(torch.empty(shape, device=device))
-            for name, shape in shapes.items()
+            for name, shape in shapes(size).items()
         }
         owned = {p.untyped_storage()._cdata for p in params.values()}
         objective = train.Objective(params, train.RECIPES[size], False, "bfloat16")
@@ -47,24 +52,25 @@ def kept(size, batch, device="cpu"):
             torch.empty(batch, device=device),
             torch.zeros(batch, dtype=torch.long, device=device),
         )
-        draws = meanflow.Draws(x, t, t, y.bool())
+        draws, equal = meanflow.Draws(x, t, t, y.bool()), batch * 3 // 4
+        if size in imf.SIZES:
+            draws, equal = imf.Draws(*draws, t, t, t), batch // 2
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            objective(x, y, draws, batch * 3 // 4)
+            objective(x, y, draws, equal)
     return sum(n for key, (n, _) in storages.items() if key not in owned)
 
 
 def main():
     print("| size | weights, gradients, Adam, average | an image | ", end="")
     print(" | ".join(f"{gpu} GB" for gpu in GPUS), "|\n|---|---|---|" + "---|" * len(GPUS))
-    for size in list(model.SIZES)[1:]:
-        width, depth, patch = model.SIZES[size]
-        shapes = model.shapes(model.Config(width, depth, patch, 4, 1000))
-        fixed = 20 * sum(torch.Size(shape).numel() for shape in shapes.values())
+    for size in [size for size in train.RECIPES if "T" not in size]:
+        fixed = 20 * sum(torch.Size(shape).numel() for shape in shapes(size).values())
+        total = train.RECIPES[size].batch
         few, many = (kept(size, batch) for batch in (8, 24))
         image = (many - few) / 16
         parts = [2**k for k in range(9)]
         room = ((space - LEFT - fixed) / image for space in GPUS.values())
-        numbers = " | ".join(str(next(n for n in parts if 256 / n <= images)) for images in room)
+        numbers = " | ".join(str(next(n for n in parts if total / n <= images)) for images in room)
         print(f"| {size} | {fixed / 1e9:.1f} GB | {image / 1e6:.0f} MB | {numbers} |", flush=True)
 
 
