@@ -231,36 +231,54 @@ def summary(x):
     return fid.statistics(fid.accumulate(None, x))
 
 
-def judge(net, dataset, features, steps=1, sampler=meanflow.sample):
-    """Return the METRICS of samples, of each class equally many."""
+class Reference(NamedTuple):
+    """What samples are compared with."""
+
+    shape: tuple  # of an image
+    images: torch.Tensor  # some, to look for neighbours
+    labels: torch.Tensor  # of those
+    count: int  # of classes
+    features: nn.Module  # of images
+    pixels: tuple  # statistics of all
+    featured: tuple
+
+
+def make_reference(dataset, features):
     x, labels = data.batch(dataset, len(dataset.labels), seed=0, step=0)
-    classes = torch.arange(SAMPLES) % len(dataset.classes)
-    found = sampler(net, sample.noise(0, range(SAMPLES), dataset.shape), classes, steps)
-    found = found.clamp(-1, 1)
-    index, _ = fid.nearest(found.flatten(1), x[:NEIGHBOURS].flatten(1))
-    _, gaps = fid.nearest(found.flatten(1), found.flatten(1), exclude_self=True)
-    pixels = summary(found.flatten(1)), summary(x.flatten(1))
-    featured = summary(features(found)), summary(torch.cat([features(a) for a in x.split(1000)]))
+    featured = summary(torch.cat([features(part) for part in x.split(1000)]))
+    some, few = x[:NEIGHBOURS].flatten(1), labels[:NEIGHBOURS]
+    classes, pixels = len(dataset.classes), summary(x.flatten(1))
+    return Reference(dataset.shape, some, few, classes, features, pixels, featured)
+
+
+def judge(net, reference, steps=1, sampler=meanflow.sample):
+    """Return the METRICS of samples, of each class equally many."""
+    classes = torch.arange(SAMPLES) % reference.count
+    x = sampler(net, sample.noise(0, range(SAMPLES), reference.shape), classes, steps)
+    x = x.clamp(-1, 1)
+    flat = x.flatten(1)
+    index, _ = fid.nearest(flat, reference.images)
     values = (
-        fid.frechet_distance(*pixels[0], *pixels[1]),
-        fid.frechet_distance(*featured[0], *featured[1]),
-        (labels[index] == classes).double().mean(),
-        gaps.median(),
+        fid.frechet_distance(*summary(flat), *reference.pixels),
+        fid.frechet_distance(*summary(reference.features(x)), *reference.featured),
+        (reference.labels[index] == classes).double().mean(),
+        fid.nearest(flat, flat, exclude_self=True)[1].median(),
     )
     return {name: float(f"{value:.4g}") for name, value in zip(METRICS, values)}
 
 
 def prepare(folder, features):
-    """Set up a process: one thread, the data and the classifier."""
+    """Set up a process: one thread, the data and what samples are compared with."""
     torch.set_num_threads(1)
-    prepare.dataset, prepare.features = data.load_data(folder), features
+    prepare.dataset = data.load_data(folder)
+    prepare.reference = make_reference(prepare.dataset, features)
 
 
 def run(job):
     """Return the line of a job: its key, and METRICS, empty if the training diverged."""
     begun = time.time()
     net = fit(prepare.dataset, Setting(**job["change"]), job["seed"], job["steps"])
-    metrics = judge(net, prepare.dataset, prepare.features) if net else {}
+    metrics = judge(net, prepare.reference) if net else {}
     return job | metrics | {"seconds": round(time.time() - begun)}
 
 

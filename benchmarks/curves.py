@@ -64,12 +64,10 @@ def steps_line(job):
     for change in ({}, {"share": 1.0}):
         methods = {name: m for name, m in METHODS.items() if m[1] == change}
         cost = next(iter(methods.values()))[2]
-        dataset = ablations.prepare.dataset
-        net = fit(dataset, Setting(**change), job["seed"], round(job["steps"] / cost))
+        steps = round(job["steps"] / cost)
+        net = fit(ablations.prepare.dataset, Setting(**change), job["seed"], steps)
         for name, (sampler, _, _, evaluations) in methods.items():
-            judged = [
-                judge(net, dataset, ablations.prepare.features, n, sampler) for n in evaluations
-            ]
+            judged = [judge(net, ablations.prepare.reference, n, sampler) for n in evaluations]
             found[name] = dict(zip(map(str, evaluations), judged))
     return job | found
 

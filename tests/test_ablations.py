@@ -26,7 +26,8 @@ def features(x):
 def few(monkeypatch):
     monkeypatch.setattr(ablations, "SAMPLES", 40)
     monkeypatch.setattr(ablations.prepare, "dataset", DIGITS, raising=False)
-    monkeypatch.setattr(ablations.prepare, "features", features, raising=False)
+    reference = ablations.make_reference(DIGITS, features)
+    monkeypatch.setattr(ablations.prepare, "reference", reference, raising=False)
 
 
 @pytest.mark.parametrize(
@@ -172,7 +173,7 @@ def test_the_curves_have_all_methods_and_runs(tmp_path, monkeypatch):
     monkeypatch.setattr(curves, "EVALUATIONS", (1, 2))
     methods = {k: (*m[:3], [n for n in m[3] if n < 3]) for k, m in curves.METHODS.items()}
     monkeypatch.setattr(curves, "METHODS", methods)
-    found = [curves.run(job) for job in curves.jobs(20, 1)]
+    found = [curves.run(job) for job in curves.jobs(30, 1)]
     assert [*found[0]["flow matching, Heun"]] == ["2"] and [*found[0]["MeanFlow"]] == ["1", "2"]
     assert [line["errors"] for line in found[1:]] == [*curves.ERRORS]
     for line in found[1:]:
