@@ -232,9 +232,8 @@ def read_log(folder, step, run):
     except (ValueError, TypeError, KeyError):
         raise ValueError(f"{path} is not the log of a run: choose another --out") from None
     for key in run:
-        if key in ("steps", "warmup", "precision", "commit", "torch"):
-            continue
-        if before.get(key) != run[key]:
+        free = key in ("steps", "warmup", "precision", "commit", "torch")
+        if not free and before.get(key) != run[key]:
             found = f"{key} {before.get(key)}, not {run[key]}"
             raise ValueError(f"{folder} holds a run with {found}: choose another --out")
     return [first, *rest]
@@ -520,14 +519,10 @@ def load_dataset(args, world):
     warmup = round(recipe.warmup / recipe.epochs * args.steps)
     if world.rank == 0:
         epochs = f"{args.steps:,} steps of {batch} are {args.steps * batch / images:,.0f} epochs"
-        scale = (
-            "guidance scales drawn"
-            if improved
-            else (f"guidance scale {recipe.omega / (1 - recipe.kappa):.3g}")
-        )
-        scale += f", --lr grows for {warmup:,} steps" if warmup else ""
+        scale = "scales drawn" if improved else f"scale {recipe.omega / (1 - recipe.kappa):.3g}"
+        growth = f", --lr grows for {warmup:,} steps" if warmup else ""
         classes = f"{len(dataset.classes):,} classes"
-        print(f"{args.size} on {images:,} images of {classes}: {epochs}; {scale}")
+        print(f"{args.size} on {images:,} images of {classes}: {epochs}; guidance {scale}{growth}")
     args.recipe = recipe._replace(warmup=warmup)
     return dataset
 

@@ -19,6 +19,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import data
 import fid
+import imf
 import meanflow
 import model
 import sample
@@ -74,23 +75,29 @@ def test_the_derivative_in_bfloat16(width):
     assert relative(ours, exact) < 0.02 and relative(ours, exact) <= 1.1 * relative(theirs, exact)
 
 
-def objective(compiled, precision):
+def objective(size, compiled, precision):
+    """Return the objective of a narrow network like XL/2 or iXL/2, its weights, and a batch."""
     g = torch.Generator().manual_seed(0)
-    w = model.init((256, 2, 2), channels=4, classes=10, generator=g)
+    improved = size.startswith("i")
+    draw, equal = (imf.draw, 8) if improved else (meanflow.draw, 12)
+    init, sizes = (imf.init, (128, 2, 2, 2)) if improved else (model.init, (256, 2, 2))
+    w = init(sizes, channels=4, classes=10, generator=g)
     w = {name: p + 0.02 * torch.randn(p.shape, generator=g) for name, p in w.items()}
     w = {name: torch.nn.Parameter(p.to(DEVICE)) for name, p in w.items()}
     x, y = torch.randn(16, 4, 16, 16, generator=g), torch.arange(16) % 10
-    draws = meanflow.Draws(*(d.to(DEVICE) for d in meanflow.draw(x.shape, generator=g)))
-    made = train.Objective(w, train.RECIPES["XL/2"], compiled, precision)
-    return made, w, (x.to(DEVICE), y.to(DEVICE), draws, 12)
+    draws = draw(x.shape, generator=g)
+    draws = type(draws)(*(d.to(DEVICE) for d in draws))
+    made = train.Objective(w, train.RECIPES[size], compiled, precision)
+    return made, w, (x.to(DEVICE), y.to(DEVICE), draws, equal)
 
 
+@pytest.mark.parametrize("size", ["XL/2", "iXL/2"])
 @pytest.mark.parametrize("precision, tolerance", [("float32", 1e-3), ("bfloat16", 0.03)])
-def test_a_compiled_step_is_the_eager_one(precision, tolerance):
+def test_a_compiled_step_is_the_eager_one(size, precision, tolerance):
     """Values and gradients; after three steps nothing is compiled again."""
     gradients = {}
     for compiled in (False, True):
-        made, w, batch = objective(compiled, precision)
+        made, w, batch = objective(size, compiled, precision)
         for step in range(4):
             with mock.patch.object(torch._dynamo.config, "error_on_recompile", step == 3):
                 loss, rows = made(*batch)
