@@ -12,7 +12,8 @@ as there are cores go side by side, of one thread each.
 
 What is judged: Fréchet distances of raw pixels in [-1, 1], and of the features of a small
 classifier of the real images; the share of samples whose nearest real image is of their class; and
-diversity, the median distance of a sample to the nearest other one.
+diversity, the median distance of a sample to the nearest other one. A half of the real images,
+judged by the other half, says what is to be had.
 """
 
 import argparse
@@ -22,6 +23,7 @@ import os
 import statistics
 import sys
 import time
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -60,21 +62,17 @@ class Setting(NamedTuple):
     interval: tuple = (0, 1)
 
 
-def guided(kappa, *interval):
-    """Guidance of scale 2."""
-    return dict(omega=round(2 * (1 - kappa), 6), kappa=kappa) | (
-        {"interval": interval} if interval else {}
-    )
-
-
+HALF = {"omega": 1.0, "kappa": 0.5}  # guidance of scale 2
+REAL = "real images"  # in place of samples
 TABLES = {  # what is changed: [(label, how, published FID of B/4 after 80 epochs)]
     "a: share of rows with r != t": [
+        (REAL, REAL, None),
         ("0 % (flow matching)", {"share": 1.0}, 328.91),
         ("25 %", {}, 61.06),
         ("50 %", {"share": 0.5}, 63.14),
         ("100 %", {"share": 0.0}, 67.32),
     ],
-    "b: tangent (dz, dt, dr)": [
+    "b: tangent of (z, t, r)": [
         ("(v, 1, 0)", {}, 61.06),
         ("(v, 0, 0)", {"tangent": (1, 0, 0)}, 268.06),
         ("(v, 0, 1)", {"tangent": (1, 0, 1)}, 329.22),
@@ -109,16 +107,16 @@ TABLES = {  # what is changed: [(label, how, published FID of B/4 after 80 epoch
     ],
     "g: kappa at guidance scale 2": [
         ("0", {"omega": 2.0}, 20.15),
-        ("0.5", guided(0.5), 19.15),
-        ("0.8", guided(0.8), 19.10),
-        ("0.9", guided(0.9), 18.63),
-        ("0.95", guided(0.95), 19.17),
+        ("0.5", HALF, 19.15),
+        ("0.8", {"omega": 0.4, "kappa": 0.8}, 19.10),
+        ("0.9", {"omega": 0.2, "kappa": 0.9}, 18.63),
+        ("0.95", {"omega": 0.1, "kappa": 0.95}, 19.17),
     ],
     "h: guided for t in, at scale 2 and kappa 0.5": [
-        ("[0, 1]", guided(0.5), None),
-        ("[0, 0.75]", guided(0.5, 0, 0.75), None),
-        ("[0, 0.5]", guided(0.5, 0, 0.5), None),
-        ("[0.25, 1]", guided(0.5, 0.25, 1), None),
+        ("[0, 1]", HALF, None),
+        ("[0, 0.75]", HALF | {"interval": (0, 0.75)}, None),
+        ("[0, 0.5]", HALF | {"interval": (0, 0.5)}, None),
+        ("[0.25, 1]", HALF | {"interval": (0.25, 1)}, None),
     ],
 }
 
@@ -234,28 +232,33 @@ def summary(x):
 class Reference(NamedTuple):
     """What samples are compared with."""
 
-    shape: tuple  # of an image
     images: torch.Tensor  # some, to look for neighbours
     labels: torch.Tensor  # of those
-    count: int  # of classes
     features: nn.Module  # of images
     pixels: tuple  # statistics of all
     featured: tuple
 
 
-def make_reference(dataset, features):
-    x, labels = data.batch(dataset, len(dataset.labels), seed=0, step=0)
+def make_reference(x, labels, features):
     featured = summary(torch.cat([features(part) for part in x.split(1000)]))
     some, few = x[:NEIGHBOURS].flatten(1), labels[:NEIGHBOURS]
-    classes, pixels = len(dataset.classes), summary(x.flatten(1))
-    return Reference(dataset.shape, some, few, classes, features, pixels, featured)
+    return Reference(some, few, features, summary(x.flatten(1)), featured)
 
 
-def judge(net, reference, steps=1, sampler=meanflow.sample):
-    """Return the METRICS of samples, of each class equally many."""
-    classes = torch.arange(SAMPLES) % reference.count
-    x = sampler(net, sample.noise(0, range(SAMPLES), reference.shape), classes, steps)
-    x = x.clamp(-1, 1)
+def all_images(dataset):
+    """Return every image and its label, shuffled."""
+    return data.batch(dataset, len(dataset.labels), seed=0, step=0)
+
+
+def draw_samples(net, dataset, steps=1, sampler=meanflow.sample):
+    """Return samples, of each class equally many, and their classes."""
+    classes = torch.arange(SAMPLES) % len(dataset.classes)
+    x = sampler(net, sample.noise(0, range(SAMPLES), dataset.shape), classes, steps)
+    return x.clamp(-1, 1), classes
+
+
+def judge(x, classes, reference):
+    """Return the METRICS of samples of these classes."""
     flat = x.flatten(1)
     index, _ = fid.nearest(flat, reference.images)
     values = (
@@ -270,15 +273,21 @@ def judge(net, reference, steps=1, sampler=meanflow.sample):
 def prepare(folder, features):
     """Set up a process: one thread, the data and what samples are compared with."""
     torch.set_num_threads(1)
-    prepare.dataset = data.load_data(folder)
-    prepare.reference = make_reference(prepare.dataset, features)
+    prepare.dataset, prepare.features = data.load_data(folder), features
+    prepare.reference = make_reference(*all_images(prepare.dataset), features)
 
 
 def run(job):
-    """Return the line of a job: its key, and METRICS, empty if the training diverged."""
-    begun = time.time()
-    net = fit(prepare.dataset, Setting(**job["change"]), job["seed"], job["steps"])
-    metrics = judge(net, prepare.reference) if net else {}
+    """Return the line of a job: its key, and METRICS, none of them if the training diverged."""
+    begun, metrics = time.time(), {}
+    if job["change"] == REAL:
+        x, labels = all_images(prepare.dataset)
+        k = job["seed"] * SAMPLES % (len(x) // 2)
+        x, labels = x.roll(k, 0), labels.roll(k)
+        half = make_reference(x[::2], labels[::2], prepare.features)
+        metrics = judge(x[1::2][:SAMPLES], labels[1::2][:SAMPLES], half)
+    elif net := fit(prepare.dataset, Setting(**job["change"]), job["seed"], job["steps"]):
+        metrics = judge(*draw_samples(net, prepare.dataset), prepare.reference)
     return job | metrics | {"seconds": round(time.time() - begun)}
 
 
@@ -290,19 +299,26 @@ def key(line):
 
 
 def read(path):
-    """Return the lines of a file of results; one cut short by a kill is left out."""
-    lines = path.read_text().splitlines() if path.exists() else []
-    return [json.loads(line) for line in lines if line.endswith("}")]
+    """Return the lines of a file of results; what a kill cut short is left out."""
+    found = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            found.append(json.loads(line))
+        except ValueError:
+            continue
+    return found
 
 
 def run_missing(run, jobs, path, about, initargs, workers=None):
     """Run the jobs side by side, and add the line of each to a file of results, with `about`."""
-    with data.atomic_write(path) as temporary:  # without a line cut short
-        temporary.write_text("".join(json.dumps(line) + "\n" for line in read(path)))
-    options = dict(initializer=prepare, initargs=initargs)
-    with get_context("spawn").Pool(workers, **options) as pool, path.open("a") as file:
-        for line in tqdm(pool.imap_unordered(run, jobs), total=len(jobs)):
-            file.write(json.dumps(line | about) + "\n")
+    options = dict(mp_context=get_context("spawn"), initializer=prepare, initargs=initargs)
+    with ProcessPoolExecutor(workers, **options) as pool, path.open("a+") as file:
+        file.seek(0)
+        if (text := file.read()) and not text.endswith("\n"):  # a line cut short
+            file.write("\n")
+        pending = [pool.submit(run, job) for job in jobs]
+        for done in tqdm(as_completed(pending), total=len(jobs)):
+            file.write(json.dumps(done.result() | about) + "\n")
             file.flush()
 
 
@@ -318,11 +334,11 @@ def jobs(name, tables, seeds, steps):
 
 
 def run_all(args):
-    dataset = data.load_data(args.data)
-    name = Path(args.data).name
-    x, y = data.batch(dataset, len(dataset.labels), seed=0, step=0)
+    dataset, name = data.load_data(args.data), Path(args.data).name
+    if dataset.kind != "pixels" or dataset.shape[1] % 4:
+        raise ValueError(f"{args.data} holds {dataset.kind} of {dataset.shape}: give pixels of 4n")
+    x, y = all_images(dataset)
     features, accuracy = train_classifier(x, y, len(dataset.classes))
-    print(f"{name}: the classifier is right of {accuracy:.1%} of the images that it has not seen")
     done = {key(line) for line in read(RESULTS)}
     todo = [job for job in jobs(name, args.tables, args.seeds, args.steps) if key(job) not in done]
     about = machine() | {"accuracy": round(accuracy, 4)}
@@ -331,71 +347,76 @@ def run_all(args):
 
 def machine():
     """Return what a line says of where it was made."""
-    commit = (train.commit() or "")[:12]
+    commit = train.commit() or ""
+    commit = commit[:12] + "+" * commit.endswith("+")
     return {"commit": commit, "torch": torch.__version__, "machine": processor()}
 
 
 # --- what came out ---
 
 
-def collect(lines, name, how):
-    """Return {metric: its values by seed} of a setting; those of diverged runs are infinite."""
+def collect(lines, name, how, metric):
+    """Return the values of a setting by seed; those of diverged runs are infinite."""
     same = json.loads(json.dumps(how))
     found = [line for line in lines if line["data"] == name and line["change"] == same]
-    return {metric: [line.get(metric, math.inf) for line in found] for metric in METRICS}
+    return [line.get(metric, math.inf) for line in found]
 
 
 def ranks(values):
-    return torch.tensor(values, dtype=torch.float64).argsort().argsort().double()
+    """Return the rank of each value; equal ones share the mean of theirs."""
+    values = torch.tensor(values, dtype=torch.float64)
+    below, up_to = values[:, None] > values, values[:, None] >= values
+    return (below.sum(1) + up_to.sum(1)) / 2
 
 
-def rank_correlation(a, b):
-    """Return Spearman's correlation of two lists without ties."""
-    return torch.corrcoef(torch.stack((ranks(a), ranks(b))))[0, 1].item()
+def correlation(lines, rows, name, metric):
+    """Return Spearman's rank correlation with the paper's column, as text."""
+    pairs = [(fid, collect(lines, name, how, metric)) for _, how, fid in rows if fid]
+    if metric not in ("pixels", "features") or not pairs or not all(found for _, found in pairs):
+        return ""
+    published, ours = zip(*((fid, statistics.mean(found)) for fid, found in pairs))
+    return f"{torch.corrcoef(torch.stack((ranks(published), ranks(ours))))[0, 1]:.2f}"
 
 
-def cell(values, metric):
+def cell(values, metric, seeds):
     if not values:
         return "-"
     if math.inf in values:
-        return f"diverged ({sum(map(math.isinf, values))} of {len(values)})"
-    form = "{:.1%}" if metric == "class" else "{:.2f}"
-    mean = form.format(statistics.mean(values))
-    return f"{mean} ± {form.format(statistics.stdev(values))}" if len(values) > 1 else mean
+        return f"diverged ({values.count(math.inf)} of {len(values)})"
+    form = "{:.1%}" if metric == "class" else "{:.3g}"
+    text = form.format(statistics.mean(values))
+    text += f" ± {form.format(statistics.stdev(values))}" if len(values) > 1 else ""
+    return text + (f" (of {len(values)})" if len(values) < seeds else "")
 
 
 def table(lines):
     """Print the tables as Markdown: mean and deviation over seeds."""
     names = list(dict.fromkeys(line["data"] for line in lines))
+    seeds = {name: len({k["seed"] for k in lines if k["data"] == name}) for name in names}
     for name in names:
         runs = [line for line in lines if line["data"] == name]
-        seeds, steps = len({line["seed"] for line in runs}), {line["steps"] for line in runs}
-        print(f"{name}: {len(runs)} runs of {seeds} seeds, {', '.join(map(str, steps))} steps, ")
-        print(f"{sum(line['seconds'] for line in runs) / 3600:.1f} hours of one core, ", end="")
-        print(f"{runs[-1]['machine']}, torch {runs[-1]['torch']}, commit {runs[-1]['commit']}\n")
+        hours = sum(line["seconds"] for line in runs) / 3600
+        keys = ("steps", "machine", "torch", "commit", "accuracy")
+        steps, *about = [", ".join(sorted({str(line[key]) for line in runs})) for key in keys]
+        print(
+            f"- {name}: {len(runs)} runs of {steps} steps, {seeds[name]} seeds, {hours:.1f} hours"
+        )
+        print("  of one core, {}, torch {}, commit {}, classifier's accuracy {}".format(*about))
     shown = [(name, metric) for name in names for metric in METRICS]
     for title, rows in TABLES.items():
         header = [title, "paper", *(f"{name} {metric}" for name, metric in shown)]
-        print(f"| {' | '.join(header)} |\n{'|---' * len(header)}|")
+        print(f"\n| {' | '.join(header)} |\n{'|---' * len(header)}|")
         for label, how, published in rows:
             cells = [label, f"{published:.2f}" if published else ""]
-            cells += [cell(collect(lines, name, how)[metric], metric) for name, metric in shown]
+            for name, metric in shown:
+                cells.append(cell(collect(lines, name, how, metric), metric, seeds[name]))
             print(f"| {' | '.join(cells)} |")
         correlations = [correlation(lines, rows, *pair) for pair in shown]
-        print(f"| *rank correlation* | | {' | '.join(correlations)} |\n")
-
-
-def correlation(lines, rows, name, metric):
-    """Return, as text, the rank correlation of a column of distances with the paper's."""
-    pairs = [(fid, collect(lines, name, how)[metric]) for _, how, fid in rows]
-    if metric not in ("pixels", "features") or not all(fid and found for fid, found in pairs):
-        return ""
-    published, ours = zip(*((fid, statistics.mean(found)) for fid, found in pairs))
-    return f"{rank_correlation(published, ours):.2f}"
+        print(f"| *rank correlation with the paper's* | | {' | '.join(correlations)} |")
 
 
 def plot(lines, path):
-    """Draw each table's distances, relative to the default's, beside the paper's."""
+    """Draw each table's distances, in those of the default or first row, and the paper's."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -404,22 +425,24 @@ def plot(lines, path):
     names = list(dict.fromkeys(line["data"] for line in lines))
     figure, axes = pyplot.subplots(2, 4, figsize=(16, 7), layout="constrained")
     for axis, (title, rows) in zip(axes.flat, TABLES.items()):
-        labels, hows, published = zip(*rows)
-        defaults = ((how, fid) for _, how, fid in rows if not how)
-        base, reference = next(defaults, (hows[0], published[0]))
-        if reference:
-            axis.plot(labels, [a / reference for a in published], "ko--", label="paper, FID")
-        for name in names:
-            for metric, style in (("pixels", "s-"), ("features", "^:")):
-                found = [collect(lines, name, how)[metric] for how in hows]
-                unit = statistics.mean(collect(lines, name, base)[metric] or [math.nan])
-                means = [statistics.mean(values or [math.nan]) / unit for values in found]
-                spread = [statistics.stdev(v) / unit if len(v) > 1 else 0 for v in found]
-                axis.errorbar(labels, means, spread, fmt=style, label=f"{name}, {metric}")
+        labels, hows, published = zip(*[row for row in rows if row[1] != REAL])
+        base = {} if {} in hows else hows[0]
+        if all(published):
+            unit = published[hows.index(base)]
+            axis.plot(labels, [value / unit for value in published], "ko--", label="paper, FID")
+        for name, metric, style in (
+            (name, *pair) for name in names for pair in (("pixels", "s-"), ("features", "^:"))
+        ):
+            found = [collect(lines, name, how, metric) for how in hows]
+            found = [[v for v in values if v < math.inf] or [math.nan] for values in found]
+            unit = statistics.mean(found[hows.index(base)])
+            means = [statistics.mean(values) / unit for values in found]
+            spread = [statistics.stdev(v) / unit if len(v) > 1 else 0 for v in found]
+            axis.errorbar(labels, means, spread, fmt=style, label=f"{name}, {metric}")
         axis.set(title=title, yscale="log")
         axis.tick_params(axis="x", labelrotation=20)
     axes.flat[0].legend()
-    figure.supylabel("distance, beside the default's (or in g and h the first row's)")
+    figure.supylabel("distance, beside the default's (in g and h the first row's)")
     figure.savefig(path, dpi=80)
 
 
@@ -434,10 +457,11 @@ def main(argv=None):
     parser.add_argument("--table", action="store_true")
     parser.add_argument("--plot", metavar="PNG")
     args = parser.parse_args(argv)
+    lines = [line for line in read(RESULTS) if line["steps"] == args.steps]
     if args.table:
-        table(read(RESULTS))
+        table(lines)
     elif args.plot:
-        plot(read(RESULTS), args.plot)
+        plot(lines, args.plot)
     else:
         run_all(args)
 

@@ -3,10 +3,11 @@
     python benchmarks/curves.py                            run what is missing, into curves.jsonl
     python benchmarks/curves.py --plot steps.png errors.png      draw both (needs matplotlib)
 
-Steps: MeanFlow beside flow matching of the same network and data in the same time, by Euler's and
-by Heun's method, judged as in ablations.py by the number of evaluations of the network.
-Errors: raw squared errors of runs with other shares of r != t, and with p = 0: by (t, r) in the
-first, a middle and the last tenth of the training, and their quantiles in the last.
+Steps: MeanFlow beside plain flow matching (p = 0) of the same network and data in the same time, by
+Euler's and by Heun's method, judged as in ablations.py by the number of evaluations of the network.
+Errors: raw squared errors by (t, r) in the first, a middle and the last tenth of the training, and
+their quantiles in the last, also with p = 0; and the part of them that is the variance of the
+target, by the share of r != t.
 """
 
 import argparse
@@ -17,7 +18,7 @@ from pathlib import Path
 
 import ablations
 import torch
-from ablations import Setting, fit, judge, train_classifier
+from ablations import Setting, draw_samples, fit, judge, train_classifier
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import data
@@ -44,11 +45,13 @@ def heun(net, e, y, evaluations):
     return z
 
 
-METHODS = {  # sampler, what is changed, time of a step beside MeanFlow's (by count), evaluations
-    "MeanFlow": (meanflow.sample, {}, 1.0, EVALUATIONS),
-    "flow matching, Euler": (euler, {"share": 1.0}, 1 / 1.09, EVALUATIONS),
-    "flow matching, Heun": (heun, {"share": 1.0}, 1 / 1.09, EVALUATIONS[1:]),
+FLOW = {"share": 1.0, "p": 0.0}  # flow matching
+METHODS = {  # sampler, what is trained, evaluations
+    "MeanFlow": (meanflow.sample, {}, EVALUATIONS),
+    "flow matching, Euler": (euler, FLOW, EVALUATIONS),
+    "flow matching, Heun": (heun, FLOW, EVALUATIONS[1:]),
 }
+COST = 1.09  # of a step of MeanFlow, in flow matching's
 ERRORS = {  # runs whose errors are watched
     "0 %": {"share": 1.0},
     "25 %": {},
@@ -60,20 +63,44 @@ ERRORS = {  # runs whose errors are watched
 
 def steps_line(job):
     """Return the job with the METRICS by number of evaluations, of each method."""
-    found = {}
-    for change in ({}, {"share": 1.0}):
-        methods = {name: m for name, m in METHODS.items() if m[1] == change}
-        cost = next(iter(methods.values()))[2]
-        steps = round(job["steps"] / cost)
-        net = fit(ablations.prepare.dataset, Setting(**change), job["seed"], steps)
-        for name, (sampler, _, _, evaluations) in methods.items():
-            judged = [judge(net, ablations.prepare.reference, n, sampler) for n in evaluations]
-            found[name] = dict(zip(map(str, evaluations), judged))
+    dataset, found = ablations.prepare.dataset, {}
+    nets = [
+        fit(dataset, Setting(**change), job["seed"], round(steps))
+        for change, steps in (({}, job["steps"]), (FLOW, COST * job["steps"]))
+    ]
+    for name, (sampler, change, evaluations) in METHODS.items():
+        for n in evaluations:
+            samples = draw_samples(nets[change == FLOW], dataset, n, sampler)
+            judged = judge(*samples, ablations.prepare.reference)
+            found.setdefault(name, {})[str(n)] = judged
     return job | found
 
 
+def target_variance(net, dataset, rows=2000):
+    """Return the variance of the target given z, where r = t and elsewhere.
+
+    Another image of the class, drawn with the chance that it became z, has the same z and another
+    velocity, and so another target; half of their squared distance is the variance.
+    """
+    x, labels = ablations.all_images(dataset)
+    g = data.generator(0, "samples", 0)
+    chosen = torch.randint(len(x), (rows,), generator=g)
+    e, t, r, _ = meanflow.draw((rows, *dataset.shape), generator=g, share=0.5)
+    z, v = meanflow.interpolate(x[chosen], e, t)
+    y, a = labels[chosen], (1 - t)[:, None]
+    squares = (x.flatten(1) ** 2).sum(1) * a**2 - 2 * a * z.flatten(1) @ x.flatten(1).T
+    logits = (-squares / (2 * t[:, None] ** 2)).masked_fill(y[:, None] != labels, -torch.inf)
+    other = torch.multinomial(logits.double().softmax(1), 1, generator=g)[:, 0]
+    t4 = meanflow.append_dims(t, z)
+    u = (z - (1 - t4) * x[other]) / t4 - x[other]
+    targets = [meanflow.target(net, z, t, r, velocity, y) for velocity in (v, u)]
+    variance = (targets[0] - targets[1]).square().flatten(1).sum(1) / 2
+    return {"r = t": variance[t == r].mean().item(), "r != t": variance[t > r].mean().item()}
+
+
 def errors_line(job):
-    """Return the job with mean errors by (t, r) in three tenths of the training, and QUANTILES."""
+    """Return the job with mean errors by (t, r) in three tenths of the training, QUANTILES and
+    means of the last, and the target's variance at its end."""
     steps, rows = job["steps"], {0: [], 1: [], 2: []}
     starts = 0, steps * 9 // 20, steps - steps // 10
 
@@ -82,23 +109,25 @@ def errors_line(job):
             if start < step <= start + steps // 10:
                 rows[k].append(torch.stack((draws.t, draws.r, raw), 1))
 
-    fit(ablations.prepare.dataset, Setting(**ERRORS[job["errors"]]), job["seed"], steps, watch)
+    dataset = ablations.prepare.dataset
+    net = fit(dataset, Setting(**ERRORS[job["errors"]]), job["seed"], steps, watch)
     maps = []
     for t, r, raw in (torch.cat(part).unbind(1) for part in rows.values()):
-        place = (t * BINS).long().clamp(max=BINS - 1), (r * BINS).long().clamp(max=BINS - 1)
+        place = [(a * BINS).long().clamp(max=BINS - 1) for a in (t, r)]
         total, count = (
             torch.zeros(BINS, BINS).index_put_(place, w, accumulate=True)
             for w in (raw, torch.ones_like(raw))
         )
-        means = (total / count).masked_fill((count < 10), torch.nan)
+        means = (total / count).masked_fill(count < 10, torch.nan)
         maps.append([[None if m.isnan() else round(m.item(), 2) for m in row] for row in means])
-    quantiles = {}
+    quantiles, means = {}, {}
     for name, chosen in (("r = t", t == r), ("r != t", t != r)):
         if chosen.any():
             of = raw[chosen].quantile(torch.tensor(QUANTILES))
             quantiles[name] = [round(q.item(), 2) for q in of]
-            quantiles[f"mean, {name}"] = round(raw[chosen].mean().item(), 2)
-    return job | {"maps": maps, "quantiles": quantiles}
+            means[name] = round(raw[chosen].mean().item(), 2)
+    variance = {name: round(v, 2) for name, v in target_variance(net, dataset).items()}
+    return job | {"maps": maps, "quantiles": quantiles, "means": means, "variance": variance}
 
 
 def run(job):
@@ -110,12 +139,15 @@ def jobs(steps, seeds):
     return found + [{"errors": name, "seed": 0, "steps": steps // 3} for name in ERRORS]
 
 
+def key(line):
+    return line.get("errors"), line["seed"], line["steps"]
+
+
 def run_all(steps, seeds):
-    lines = ablations.read(RESULTS)
-    todo = [job for job in jobs(steps, seeds) if not any(job.items() <= k.items() for k in lines)]
-    x, y = data.batch(data.digits(), 1797, seed=0, step=0)
-    initargs = "digits", train_classifier(x, y, 10)[0]
-    ablations.run_missing(run, todo, RESULTS, ablations.machine(), initargs)
+    done = {key(line) for line in ablations.read(RESULTS)}
+    todo = [job for job in jobs(steps, seeds) if key(job) not in done]
+    features, _ = train_classifier(*ablations.all_images(data.digits()), 10)
+    ablations.run_missing(run, todo, RESULTS, ablations.machine(), ("digits", features))
 
 
 def plot_steps(pyplot, lines, path):
@@ -149,11 +181,14 @@ def plot_errors(pyplot, lines, path):
             axes[3].plot(["50 %", "90 %", "99 %", "100 %"], quantiles, style, label=label)
     axes[3].set(title="quantiles of the raw error", yscale="log")
     axes[3].legend()
-    for rows, style in (("r = t", "o-"), ("r != t", "s--")):
-        found = {k: v["quantiles"].get(f"mean, {rows}") for k, v in lines.items() if "p" not in k}
-        found = {k: found[k] for k in ERRORS if found.get(k)}
-        axes[4].plot([*found], [*found.values()], style, label=rows)
-    axes[4].set(title="mean raw error by share of r != t", yscale="log", ylim=(10, None))
+    shares = [name for name in ERRORS if "p" not in name]
+    for what, style in (("means", "-"), ("variance", ":")):
+        for rows, marker in (("r = t", "o"), ("r != t", "s")):
+            found = [name for name in shares if rows in lines[name][what]]
+            values = [lines[name][what][rows] for name in found]
+            label = f"{'raw error' if what == 'means' else 'variance of the target'}, {rows}"
+            axes[4].plot(found, values, marker + style, label=label)
+    axes[4].set(title="by share of r != t", yscale="log")
     axes[4].legend()
     figure.savefig(path, dpi=80)
 
@@ -172,7 +207,8 @@ def main(argv=None):
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    lines = ablations.read(RESULTS)
+    wanted = set(map(key, jobs(args.steps, args.seeds)))
+    lines = [line for line in ablations.read(RESULTS) if key(line) in wanted]
     plot_steps(pyplot, [line for line in lines if "errors" not in line], args.plot[0])
     plot_errors(pyplot, [line for line in lines if "errors" in line], args.plot[1])
 
