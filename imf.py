@@ -477,11 +477,12 @@ def imf_jvp(params, z, t, r, y, guidance, dz, *, block=block, block_jvp=block_jv
     Arguments as for imf; dz: (m, C, H, W), m <= B. Returns (u, v, du/dt (m, C, H, W)); du/dt has no
     graph and costs nothing of the v head.
     """
-    m, w = len(dz), params["x_embedder.proj.weight"]
+    m, proj = len(dz), params["x_embedder.proj.weight"]
+    patch = proj.shape[-1]
     x = embed(params, z, t - r, y, guidance)  # (B, S, D)
     dh = embed_time_jvp(params, "h_embedder", t - r, m)[1].expand(-1, TOKENS["time"], -1)
     others = dh.new_zeros(m, sum(TOKENS.values()) - TOKENS["time"], dh.shape[-1])
-    dx = F.linear(patchify(dz, w.shape[-1]), w.detach().flatten(1))
+    dx = F.linear(patchify(dz, patch), proj.detach().flatten(1))
     dx = torch.cat((others, dh, dx), 1).to(x.dtype)  # (m, S, D)
     rope = rotary(x.shape[1], x)
     for w in block_params(params, "shared_blocks"):
@@ -489,7 +490,7 @@ def imf_jvp(params, z, t, r, y, guidance, dz, *, block=block, block_jvp=block_jv
     v = head(params, "v", x, rope, z, block)
     for w in block_params(params, "u_heads"):
         x, dx = block_jvp(w, x, dx, rope)
-    skip, name, patch = sum(TOKENS.values()), "u_final_layer", config(params).patch
+    skip, name = sum(TOKENS.values()), "u_final_layer"
     x, dx = rms_norm_jvp(x[:, skip:], dx[:, skip:], params[f"{name}.norm.weight"])
     u, du = linear_jvp(params, f"{name}.linear", x, dx)
     return unpatchify(u, patch, z), v, unpatchify(du, patch, z)

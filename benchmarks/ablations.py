@@ -383,9 +383,9 @@ def cell(values, metric, seeds):
         return "-"
     if math.inf in values:
         return f"diverged ({values.count(math.inf)} of {len(values)})"
-    form = "{:.1%}" if metric == "class" else "{:.3g}"
-    text = form.format(statistics.mean(values))
-    text += f" ± {form.format(statistics.stdev(values))}" if len(values) > 1 else ""
+    mean, spread = statistics.mean(values), statistics.stdev(values) if len(values) > 1 else 0
+    form = "{:.0%}" if metric == "class" else "{:.0f}" if mean >= 100 else "{:.3g}"
+    text = f"{form.format(mean)} ± {form.format(spread)}" if spread else form.format(mean)
     return text + (f" (of {len(values)})" if len(values) < seeds else "")
 
 
@@ -399,7 +399,7 @@ def table(lines):
         keys = ("steps", "machine", "torch", "commit", "accuracy")
         steps, *about = [", ".join(sorted({str(line[key]) for line in runs})) for key in keys]
         print(
-            f"- {name}: {len(runs)} runs of {steps} steps, {seeds[name]} seeds, {hours:.1f} hours"
+            f"- {name}: {len(runs)} runs of {steps} steps, {seeds[name]} seeds; {hours:.1f} hours"
         )
         print("  of one core, {}, torch {}, commit {}, classifier's accuracy {}".format(*about))
     shown = [(name, metric) for name in names for metric in METRICS]

@@ -142,7 +142,7 @@ def test_a_killed_table_goes_on(tmp_path, monkeypatch, capsys):
     capsys.readouterr()
     ablations.main(["--table", "--steps", "2"])
     shown = capsys.readouterr().out
-    assert "| 0 % (flow matching) | 328.91 |" in shown and "5 runs of 2 steps, 1 seeds" in shown
+    assert "| 0 % (flow matching) | 328.91 |" in shown and "5 runs of 2 steps, 1 seeds; " in shown
     ablations.main(["--table"])
     assert "| 0 % (flow matching) | 328.91 |  |" not in capsys.readouterr().out
 
@@ -190,13 +190,15 @@ def test_the_plots_are_drawn(tmp_path, monkeypatch):
     assert all((tmp_path / name).stat().st_size > 20_000 for name in ("b.png", "c.png"))
 
 
-def test_the_published_results_are_whole():
+def test_the_published_results_are_whole_and_in_the_table(capsys):
     lines = ablations.read(ablations.RESULTS)
     for name in ("digits", "cifar16"):
         wanted = {ablations.key(job) for job in ablations.jobs(name, "abcdefgh", 3, 1000)}
         assert wanted <= {ablations.key(line) for line in lines}
     wanted = {curves.key(job) for job in curves.jobs(3000, 3)}
     assert wanted == {curves.key(line) for line in ablations.read(curves.RESULTS)}
+    ablations.main(["--table"])
+    assert capsys.readouterr().out == ablations.RESULTS.with_suffix(".md").read_text()
 
 
 def test_heun_and_euler_follow_the_velocity():
