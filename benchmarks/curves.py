@@ -171,7 +171,7 @@ def plot_errors(pyplot, lines, path):
     maps = lines["25 %"]["maps"]
     for axis, means, when in zip(axes, maps, ("first", "middle", "last")):
         grid = torch.tensor([[m or torch.nan for m in row] for row in means])
-        shown = axis.imshow(grid.T, origin="lower", extent=(0, 1, 0, 1), vmin=0, vmax=200)
+        shown = axis.imshow(grid.T, origin="lower", extent=(0, 1, 0, 1), vmin=0, vmax=100)
         axis.set(title=f"raw error, {when} tenth", xlabel="t", ylabel="r")
     figure.colorbar(shown, ax=axes[2])
     for name in ("25 %, p = 0", "25 %"):
