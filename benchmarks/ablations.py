@@ -312,14 +312,18 @@ def read(path):
 def run_missing(run, jobs, path, about, initargs, workers=None):
     """Run the jobs side by side, and add the line of each to a file of results, with `about`."""
     options = dict(mp_context=get_context("spawn"), initializer=prepare, initargs=initargs)
-    with ProcessPoolExecutor(workers, **options) as pool, path.open("a+") as file:
+    pool = ProcessPoolExecutor(workers, **options)
+    with path.open("a+") as file:
         file.seek(0)
         if (text := file.read()) and not text.endswith("\n"):  # a line cut short
             file.write("\n")
         pending = [pool.submit(run, job) for job in jobs]
-        for done in tqdm(as_completed(pending), total=len(jobs)):
-            file.write(json.dumps(done.result() | about) + "\n")
-            file.flush()
+        try:
+            for done in tqdm(as_completed(pending), total=len(jobs)):
+                file.write(json.dumps(done.result() | about) + "\n")
+                file.flush()
+        finally:
+            pool.shutdown(cancel_futures=True)
 
 
 def jobs(name, tables, seeds, steps):
