@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# All that only a GPU can show, the most telling first, with results in gpu/: about 35 minutes.
+# All that only a GPU can show, the most telling first, with results in gpu/.
 #
 #     benchmarks/gpu.sh [DATA]     DATA: pixels that data.py wrote, as of CIFAR-10, to train B/4 on
 #
