@@ -22,23 +22,19 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from torch.utils._pytree import tree_map
 
+import dual
 import meanflow
-from meanflow import adaptive_loss, append_dims, count_equal, interpolate
+from meanflow import adaptive_loss, append_dims, count_equal, derivative, interpolate
 from model import (
     block_params,
     embed_label,
     embed_patches,
     embed_time,
-    embed_time_jvp,
-    heads_jvp,
     linear,
-    linear_jvp,
     merge_heads,
-    patchify,
-    silu_jvp,
     split_heads,
-    tail,
     unpatchify,
 )
 
@@ -137,8 +133,8 @@ def loss(net, x, y, draws, *, null, p=1, c=0.01):
         v_null = net(z, t, t, torch.full_like(y, null), at_all_times(0 * kappa))[1]
         v_guided = guide(v, kappa, v_class, v_null, drop)
     y = torch.where(drop, null, y)
-    dudt = meanflow.derivative(lambda *a: net(*a, draws)[0], z, t, r, v_class, y)
-    u, v_head = net(z, t, r, y, draws)
+    given = partial(net, guidance=draws)
+    (u, v_head), (dudt, _) = derivative(given, z, t, r, v_class, y)
     return velocity_loss(u, v_head, dudt, v_guided, t, r, p, c)
 
 
@@ -149,29 +145,38 @@ def velocity_loss(u, v_head, dudt, v_guided, t, r, p, c):
     return rows_u + rows_v, torch.stack((s_u, s_v), 1)
 
 
-def fast_loss(x, y, draws, *, null, p=1, c=0.01, dual, velocity, equal=None):
+def fast_loss(
+    net, x, y, draws, *, null, p=1, c=0.01, velocity=None, jvp=torch.func.jvp, equal=None
+):
     """Return what `loss` returns at least cost, by not evaluating what is known.
 
     Where r = t no du/dt is needed, and the class velocity is the v head of the forward pass itself:
     there, guidance must act at all times, as `draw` has it.
-    velocity(z, t, y, kappa) -> v alone, partial(imf_velocity, params) for the network below; and
-    dual(z, t, r, y, guidance, dz) -> (u, v, du/dt of the last len(dz) rows), partial(imf_jvp,
-    params). equal: as in meanflow.fast_loss.
+    velocity(z, t, y, kappa) -> v at r = t alone, such as partial(imf_velocity, params); None takes
+    that of net. jvp, equal: as in meanflow.fast_loss.
     """
     e, t, r, drop, *_ = draws
     z, v = interpolate(x, e, t)
     n = count_equal(t, r) if equal is None else equal
     kappa = gate(t, draws)
+    velocity = velocity or (lambda z, t, y, kappa: net(z, t, t, y, at_all_times(kappa))[1])
     with torch.no_grad():  # null velocities of all rows and class velocities where r != t
         rows = torch.cat((z, z[n:])), torch.cat((t, t[n:]))
         labels = torch.cat((torch.full_like(y, null), y[n:]))
         v_null, v_class = velocity(*rows, labels, torch.cat((0 * kappa, kappa[n:]))).split(
             [len(x), len(x) - n]
         )
-    u, v_head, dudt = dual(z, t, r, torch.where(drop, null, y), draws, v_class)
-    v_class = torch.cat((v_head[:n], v_class))
+    whole, outputs = (z, t, r, torch.where(drop, null, y), Guidance(*draws[4:])), []
+    if n > 0:
+        u, v_head = net(*tree_map(lambda a: a[:n], whole))
+        outputs.append((u, v_head, torch.zeros_like(u), v_head))
+    if n < len(x):
+        *rows, y, guidance = tree_map(lambda a: a[n:], whole)
+        given = partial(net, guidance=guidance)
+        (u, v_head), (dudt, _) = derivative(given, *rows, v_class, y, jvp=jvp)
+        outputs.append((u, v_head, dudt, v_class))
+    u, v_head, dudt, v_class = (torch.cat(parts) for parts in zip(*outputs))
     v_guided = guide(v, kappa, v_class, v_null, drop)
-    dudt = torch.cat((torch.zeros_like(u[:n]), dudt))
     return velocity_loss(u, v_head, dudt, v_guided, t, r, p, c)
 
 
@@ -412,6 +417,7 @@ def imf(params, z, t, r, y, guidance, *, block=block):
     """
     x, rope = trunk(params, z, t - r, y, guidance, block)
     u = head(params, "u", x, rope, z, block)
+    x = dual.value_of(x)  # no loss needs a tangent of v
     return u, head(params, "v", x, rope, z, block) if config(params).trains else None
 
 
@@ -430,70 +436,6 @@ def imf_velocity(params, z, t, y, kappa, *, block=block):
     """Return the v of imf at r = t, with a guidance for all times."""
     x, rope = trunk(params, z, 0 * t, y, at_all_times(kappa), block)
     return head(params, "v", x, rope, z, block)
-
-
-# --- the same in forward mode: values of all B rows, tangents of the last m, see model.py ---
-
-
-def rms_norm_jvp(x, dx, weight):
-    """Remove from dx its part along x, then scale it as x is."""
-    y = rms_norm(x, weight)
-    x, dx, weight = tail(x, dx).to(y.dtype), dx.to(y.dtype), weight.detach()
-    scale = (x.square().mean(-1, keepdim=True) + EPS).rsqrt()
-    n = x * scale
-    return y, weight * scale * (dx - n * (n * dx).mean(-1, keepdim=True))
-
-
-def attention_jvp(w, x, dx, rope):
-    qkv, dqkv = linear_jvp(w, "attn.qkv", x, dx)
-    (q, k, v), (dq, dk, dv) = split_heads(qkv), split_heads(dqkv)
-    (q, dq), (k, dk) = (
-        [rotate(a, rope).to(v.dtype) for a in rms_norm_jvp(a, da, w[f"attn.{n}_norm.weight"])]
-        for a, da, n in ((q, dq, "q"), (k, dk, "k"))
-    )
-    x, dx = heads_jvp(q, k, v, dq, dk, dv)
-    return linear_jvp(w, "attn.out_proj", merge_heads(x), merge_heads(dx))
-
-
-def mlp_jvp(w, x, dx):
-    a, da = silu_jvp(*linear_jvp(w, "mlp.w1", x, dx))
-    b, db = linear_jvp(w, "mlp.w3", x, dx)
-    return linear_jvp(w, "mlp.w2", a * b, da * tail(b, db) + tail(a, da) * db)
-
-
-def block_jvp(w, x, dx, rope):
-    for scale, norm, branch in (
-        ("attn_scale", "norm1", partial(attention_jvp, rope=rope)),
-        ("mlp_scale", "norm2", mlp_jvp),
-    ):
-        h, dh = branch(w, *rms_norm_jvp(x, dx, w[f"{norm}.weight"]))
-        x, dx = x + w[scale] * h, dx + w[scale].detach() * dh
-    return x, dx
-
-
-def imf_jvp(params, z, t, r, y, guidance, dz, *, block=block, block_jvp=block_jvp):
-    """Return imf of all rows and, for the last m, du/dt along dz/dt = dz, dt/dt = 1, dr/dt = 0.
-
-    Arguments as for imf; dz: (m, C, H, W), m <= B. Returns (u, v, du/dt (m, C, H, W)); du/dt has no
-    graph and costs nothing of the v head.
-    """
-    m, proj = len(dz), params["x_embedder.proj.weight"]
-    patch = proj.shape[-1]
-    x = embed(params, z, t - r, y, guidance)  # (B, S, D)
-    dh = embed_time_jvp(params, "h_embedder", t - r, m)[1].expand(-1, TOKENS["time"], -1)
-    others = dh.new_zeros(m, sum(TOKENS.values()) - TOKENS["time"], dh.shape[-1])
-    dx = F.linear(patchify(dz, patch), proj.detach().flatten(1))
-    dx = torch.cat((others, dh, dx), 1).to(x.dtype)  # (m, S, D)
-    rope = rotary(x.shape[1], x)
-    for w in block_params(params, "shared_blocks"):
-        x, dx = block_jvp(w, x, dx, rope)
-    v = head(params, "v", x, rope, z, block)
-    for w in block_params(params, "u_heads"):
-        x, dx = block_jvp(w, x, dx, rope)
-    skip, name = sum(TOKENS.values()), "u_final_layer"
-    x, dx = rms_norm_jvp(x[:, skip:], dx[:, skip:], params[f"{name}.norm.weight"])
-    u, du = linear_jvp(params, f"{name}.linear", x, dx)
-    return unpatchify(u, patch, z), v, unpatchify(du, patch, z)
 
 
 def main():

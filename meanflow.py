@@ -14,19 +14,26 @@ partial(dit, params).
     v      conditional velocity e - x                                   (B, ...)
     u      average velocity: (t - r) u(z, t, r) = integral of the
            velocity along the flow from r to t                          (B, ...)
-    y      class labels; `null` is the label for "no class"             (B,) int64
+    y      condition: class labels, (B,) int64, or any nested tuple or dict of tensors (B, ...),
+           such as a text and its mask, or None; `null` stands for "no condition": the label of
+           no class, or the same structure of tensors without batch axis
 
 `loss` is the algorithm as the paper writes it. `fast_loss` computes the same number at about half
 the cost. Nothing here holds state; `draw` alone is random, through the generator it is given (the
 toy uses torch's default one).
+
+A network embeds t in [0, 1] as it is, not 1000 t as diffusion models do: du/dt, and its noise, grow
+by the same factor. Where data have padding, multiply x, e and the network's output by its mask.
 """
 
-from functools import partial
+import numbers
+from contextlib import nullcontext
 from itertools import pairwise
 from typing import NamedTuple
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._pytree import tree_leaves, tree_map
 
 
 def append_dims(s, like):
@@ -37,8 +44,11 @@ def append_dims(s, like):
 def interpolate(x, e, t):
     """Return the point on the straight path from data to noise and its velocity (Sec. 3).
 
-    x, e: (B, ...) floating; t: (B,) in [0, 1]. Returns (z, v), both (B, ...).
+    x, e: (B, ...) floating; t: (B,) in [0, 1]. Returns (z, v), both (B, ...). Raises ValueError if
+    x and e differ in shape.
     """
+    if x.shape != e.shape:
+        raise ValueError(f"data of shape {(*x.shape,)} and noise of shape {(*e.shape,)}")
     t = append_dims(t, x)
     return (1 - t) * x + t * e, e - x
 
@@ -46,7 +56,7 @@ def interpolate(x, e, t):
 class Draws(NamedTuple):
     """All randomness of one training step. `draw` samples the paper's; any other will do."""
 
-    e: torch.Tensor  # (B, ...)   Gaussian noise
+    e: torch.Tensor  # (B, ...)   Gaussian noise, or other data to start from: image to image
     t: torch.Tensor  # (B,)       time
     r: torch.Tensor  # (B,)       earlier time, r <= t
     drop: torch.Tensor  # (B,) bool  rows whose label is dropped
@@ -73,37 +83,79 @@ def draw(shape, *, generator, share=0.75, drop=0.1, mean=-0.4, std=1.0):
     return Draws(e, t, r, row < dropped)
 
 
-@torch.no_grad()
-def guide(net, z, t, v, y, *, null, omega, kappa, interval=(0, 1), v_class=None):
-    """Return the guided velocity, the regression target that replaces v (Eq. 19, appendix B):
+def evaluate(net, z, t, r, y):
+    """Return net(z, t, r, y). Raise ValueError if it has another shape than z."""
+    u = net(z, t, r, y)
+    for out in tree_leaves(u):
+        if out.shape != z.shape:
+            shapes = f"{(*out.shape,)} for data of shape {(*z.shape,)}"
+            raise ValueError(f"the network returned shape {shapes}")
+    return u
 
-        v_g = omega v + kappa u(z, t, t | y) + (1 - omega - kappa) u(z, t, t | null)
 
-    for rows with t in the closed `interval`; v elsewhere and where y = null. A network trained on
-    it has guidance of scale omega / (1 - kappa) built in and samples with one evaluation a step.
+def each(f, *conditions):
+    """Apply f to each tensor of nested conditions that are built alike; None stays None."""
+    return tree_map(lambda a, *rest: None if a is None else f(a, *rest), *conditions)
 
-    z, v: (B, ...); t: (B,); y: (B,) int64. v_class: u(z, t, t | y), (B, ...), if already known.
-    Returns (B, ...), without gradient.
+
+def replace(y, null, rows):
+    """Return the condition y with `null` in the rows that are marked, (B,) bool.
+
+    Raises ValueError if `null` does not fit y.
     """
-    if omega == 1 and kappa == 0:  # no guidance
-        return v.detach()
-    v_g = omega * v + (1 - omega - kappa) * net(z, t, t, torch.full_like(y, null))
+
+    def one(y, null):
+        null = null.to(y) if isinstance(null, torch.Tensor) else null
+        replaced = torch.where(append_dims(rows, y), null, y)
+        if replaced.shape != y.shape:
+            raise ValueError(f"null of shape {(*null.shape,)} in a condition of {(*y.shape,)}")
+        return replaced
+
+    return each(one, y, null)
+
+
+def mix(v, v_class, v_null, t, drop, omega, kappa, interval):
+    """Return omega v + kappa v_class + (1 - omega - kappa) v_null where guidance acts, or v."""
+    v_g = omega * v + (1 - omega - kappa) * v_null
     if kappa:
-        v_g = v_g + kappa * (net(z, t, t, y) if v_class is None else v_class)
-    guided = (interval[0] <= t) & (t <= interval[1]) & (y != null)
+        v_g = v_g + kappa * v_class
+    guided = (interval[0] <= t) & (t <= interval[1]) & ~drop
     return torch.where(append_dims(guided, v), v_g, v)
 
 
 @torch.no_grad()
-def derivative(net, z, t, r, v, y, *, jvp=torch.func.jvp):
-    """Return du/dt of u = net(z, t, r, y) along dz/dt = v, dt/dt = 1, dr/dt = 0 (Eq. 8).
+def guide(net, z, t, v, y, drop, *, null, omega, kappa, interval=(0, 1)):
+    """Return the guided velocity, the regression target that replaces v (Eq. 19, appendix B):
 
-    The Jacobian-vector product of net with (v, 1, 0), (B, ...), in one forward-mode pass, without
-    gradient. `jvp` has the signature of torch.func.jvp.
+        v_g = omega v + kappa u(z, t, t | y) + (1 - omega - kappa) u(z, t, t | null)
+
+    for rows with t in the closed `interval`; v elsewhere and where the condition is dropped. A
+    network trained on it has guidance of scale omega / (1 - kappa) built in and samples with one
+    evaluation a step.
+
+    z, v: (B, ...); t: (B,); drop: (B,) bool. Returns (B, ...), without gradient.
     """
-    with sdpa_kernel(SDPBackend.MATH):  # the only attention kernel with forward-mode derivatives
-        # clone: compiled code cannot take derivatives with respect to slices of other tensors
-        return jvp(lambda z, t: net(z, t, r, y), (z.clone(), t.clone()), (v, torch.ones_like(t)))[1]
+    if omega == 1 and kappa == 0:  # no guidance
+        return v.detach()
+    v_null = evaluate(net, z, t, t, replace(y, null, torch.ones_like(drop)))
+    v_class = evaluate(net, z, t, t, y) if kappa else None
+    return mix(v, v_class, v_null, t, drop, omega, kappa, interval)
+
+
+def derivative(net, z, t, r, v, y, *, jvp=torch.func.jvp):
+    """Return u = net(z, t, r, y) and du/dt along dz/dt = v, dt/dt = 1, dr/dt = 0 (Eq. 8).
+
+    One forward-mode pass, so that both see the same dropout. u has its graph, du/dt, the
+    Jacobian-vector product of net with (v, 1, 0), has none; both (B, ...). `jvp` has the signature
+    of torch.func.jvp.
+    """
+    # torch.func.jvp knows no other kernel of attention, and dual.jvp lets the value take any
+    kernel = sdpa_kernel(SDPBackend.MATH) if jvp is torch.func.jvp else nullcontext()
+    # clone: compiled code cannot take derivatives with respect to slices of other tensors
+    primals, tangents = (z.clone(), t.clone()), (v, torch.ones_like(t))
+    with kernel:
+        u, dudt = jvp(lambda z, t: evaluate(net, z, t, r, y), primals, tangents)
+    return u, tree_map(torch.Tensor.detach, dudt)
 
 
 def identity(v, t, r, dudt):
@@ -111,15 +163,14 @@ def identity(v, t, r, dudt):
     return v - append_dims(t - r, v) * dudt
 
 
-@torch.no_grad()
 def target(net, z, t, r, v, y, *, jvp=torch.func.jvp):
     """Return the regression target u_tgt = v - (t - r) du/dt, without gradient (Eq. 10, 11).
 
     Given the marginal velocity as v, the true average velocity reproduces itself. The target is
     affine in v, so the conditional velocity e - x gives the same expectation. z, v: (B, ...);
-    t, r: (B,); y: (B,) int64. Returns (B, ...).
+    t, r: (B,). Returns (B, ...).
     """
-    return identity(v, t, r, derivative(net, z, t, r, v, y, jvp=jvp))
+    return identity(v, t, r, derivative(net, z, t, r, v, y, jvp=jvp)[1]).detach()
 
 
 def adaptive_loss(u, u_tgt, p, c):
@@ -135,18 +186,19 @@ def adaptive_loss(u, u_tgt, p, c):
 def loss(net, x, y, draws, *, null, omega=1, kappa=0, interval=(0, 1), p=1, c=0.01):
     """Return the MeanFlow loss of each row (Algorithm 1) and its raw squared error, both (B,).
 
-    x: (B, ...); y: (B,) int64, below `null`; draws: Draws. omega, kappa, interval: see `guide`.
-    Average the loss over the batch. Watch the raw error: at p = 1 the loss stays close to 1.
+    x: (B, ...); y, null: the condition and what stands for none; draws: Draws. omega, kappa,
+    interval: see `guide`. Average the loss over the batch. Watch the raw error: at p = 1 the loss
+    stays close to 1. Raises ValueError if noise, data and network differ in shape.
 
     differs from the paper: c = 0.01, as in the authors' ImageNet code, where the paper has 1e-3.
     Their CIFAR-10 code has c = 1e-3 and p = 0.75.
     """
     e, t, r, drop = draws
-    y = torch.where(drop, null, y)
+    y = replace(y, null, drop)
     z, v = interpolate(x, e, t)
-    v = guide(net, z, t, v, y, null=null, omega=omega, kappa=kappa, interval=interval)  # Eq. 19
-    u_tgt = target(net, z, t, r, v, y)  # Eq. 10, 11
-    return adaptive_loss(net(z, t, r, y), u_tgt, p, c)  # Eq. 9
+    v = guide(net, z, t, v, y, drop, null=null, omega=omega, kappa=kappa, interval=interval)  # 19
+    u, dudt = derivative(net, z, t, r, v, y)  # Eq. 8
+    return adaptive_loss(u, identity(v, t, r, dudt), p, c)  # Eq. 10, 9
 
 
 def count_equal(t, r):
@@ -155,52 +207,69 @@ def count_equal(t, r):
 
 
 def fast_loss(
-    net, x, y, draws, *, null, omega=1, kappa=0, interval=(0, 1), p=1, c=0.01, dual=None, equal=None
+    net,
+    x,
+    y,
+    draws,
+    *,
+    null,
+    omega=1,
+    kappa=0,
+    interval=(0, 1),
+    p=1,
+    c=0.01,
+    jvp=torch.func.jvp,
+    equal=None,
 ):
     """Return what `loss` returns at about half its cost, by not evaluating what is known.
 
     Where r = t, the target is the velocity, without du/dt, and the class velocity is the forward
-    pass itself. No layer mixes rows, so evaluating only the other rows changes no number.
+    pass itself. So net sees these rows and the others apart, and never no rows. Nothing changes if
+    no layer mixes rows; batch norm in training does, and this is then another function than `loss`.
 
+    jvp: dual.jvp is the cheap one; torch.func.jvp takes three forwards where that takes two.
     equal: how many of the first rows have r = t. None counts them, which makes the host wait for a
     GPU and does not compile. A row with r = t further down is right too, and merely costs more.
-    dual(z, t, r, y, v) -> (u, du/dt): the network for all rows and du/dt along (v, 1, 0) for the
-    last len(v) rows. partial(model.dit_jvp, params) computes both in one pass of a DiT; None
-    takes a forward pass and a torch.func.jvp of net.
     """
     e, t, r, drop = draws
-    y = torch.where(drop, null, y)
     z, v = interpolate(x, e, t)
     n = count_equal(t, r) if equal is None else equal
-    guided = partial(guide, net, null=null, omega=omega, kappa=kappa, interval=interval)
-    v_differ = guided(z[n:], t[n:], v[n:], y[n:])
-    if dual is None:
-        u, dudt = net(z, t, r, y), derivative(net, z[n:], t[n:], r[n:], v_differ, y[n:])
-    else:
-        u, dudt = dual(z, t, r, y, v_differ)
-    v_equal = guided(z[:n], t[:n], v[:n], y[:n], v_class=u[:n])
-    u_tgt = torch.cat((v_equal, identity(v_differ, t[n:], r[n:], dudt)))
-    return adaptive_loss(u, u_tgt, p, c)
+    nothing, y = replace(y, null, torch.ones_like(drop)), replace(y, null, drop)
+    rows, us, dudt = (z, t, r, y), [], torch.zeros_like(v)
+    if n > 0:
+        us.append(evaluate(net, *each(lambda a: a[:n], rows)))
+    if omega != 1 or kappa != 0:
+        with torch.no_grad():  # null velocities of all rows and class velocities where r != t
+            m = n if kappa else len(x)
+            both = each(lambda a, b: torch.cat((a, b[m:])), (z, t, t, nothing), (z, t, t, y))
+            v_null, v_class = evaluate(net, *both).split([len(x), len(x) - m])
+            v = mix(v, torch.cat((*us, v_class)), v_null, t, drop, omega, kappa, interval)
+    if n < len(x):
+        z_, t_, r_, y_, v_ = each(lambda a: a[n:], (*rows, v))
+        u, differ = derivative(net, z_, t_, r_, v_, y_, jvp=jvp)
+        us.append(u)
+        dudt = torch.cat((dudt[:n], differ))
+    return adaptive_loss(torch.cat(us), identity(v, t, r, dudt), p, c)
 
 
 @torch.no_grad()
 def sample(net, e, y, steps=1):
     """Return data from noise: z_r = z_t - (t - r) u(z_t, t, r) from t = 1 to t = 0 (Eq. 12).
 
-    e: (B, ...) noise; y: (B,) int64. steps: the number of equal steps, or the decreasing times
+    e: (B, ...) noise; y: condition. steps: the number of equal steps, or the decreasing times
     themselves, such as (1, 0.5, 0). Times may start below 1 if e is a point of the flow there.
-    Each step evaluates net once. Returns (B, ...). Raises ValueError for other steps.
+    Each step evaluates net once, on z in the dtype of e; times and the running z are at least
+    float32. Returns (B, ...) in the dtype of e. Raises ValueError for other steps.
     """
-    times = steps
-    if isinstance(steps, int):
-        times = [i / max(steps, 1) for i in range(steps, -1, -1)]
+    whole = isinstance(steps, numbers.Integral)
+    times = [i / max(steps, 1) for i in range(steps, -1, -1)] if whole else [*map(float, steps)]
     decreasing = all(t > r for t, r in pairwise(times))
     if len(times) < 2 or not decreasing or times[0] > 1 or times[-1] < 0:
         raise ValueError(f"steps = {steps}: give an integer >= 1, or decreasing times in [0, 1]")
-    z = e
-    for t, r in pairwise(e.new_tensor(times).expand(len(e), -1).unbind(1)):
-        z = z - append_dims(t - r, z) * net(z, t, r, y)
-    return z
+    z = e.to(torch.promote_types(e.dtype, torch.float32))
+    for t, r in pairwise(z.new_tensor(times).expand(len(e), -1).unbind(1)):
+        z = z - append_dims(t - r, z) * evaluate(net, z.to(e.dtype), t, r, y)
+    return z.to(e.dtype)
 
 
 CENTRES = torch.tensor([[1.0, 0.0], [0.0, 1.0], [-1.0, 0.0], [0.0, -1.0]])  # of the toy's data

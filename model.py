@@ -7,7 +7,7 @@ and classes are read off the tensors' shapes, so a file of weights needs no conf
 
     python model.py     print the sizes, their parameters and the cost of a forward pass
 
-Shapes: B samples of C channels, N = H W / patch^2 tokens, D = width, m rows that have a tangent.
+Shapes: B samples of C channels, N = H W / patch^2 tokens, D = width.
 """
 
 from typing import NamedTuple
@@ -103,16 +103,11 @@ def linear(params, name, x):
 
 
 def sinusoids(t):
-    """Embed times, (B,) in [0, 1] and not scaled by 1000, as (B, 1, SINUSOIDS), cosines first.
-
-    Returns the embedding and its derivative with respect to t.
-    """
+    """Embed times, (B,) in [0, 1] and not scaled by 1000, as (B, 1, SINUSOIDS), cosines first."""
     half = SINUSOIDS // 2
     exponents = torch.arange(half, device=t.device, dtype=t.dtype) / half
-    frequencies = 10000**-exponents
-    angles = t[:, None, None] * frequencies
-    cos, sin = angles.cos(), angles.sin()
-    return torch.cat((cos, sin), -1), torch.cat((-sin * frequencies, cos * frequencies), -1)
+    angles = t[:, None, None] * 10000**-exponents
+    return torch.cat((angles.cos(), angles.sin()), -1)
 
 
 def without_autocast(t):
@@ -123,7 +118,8 @@ def without_autocast(t):
 def embed_time(params, name, t):
     """Embed times, (B,), as (B, 1, D)."""
     with without_autocast(t):
-        x = F.silu(linear(params, f"{name}.mlp.0", sinusoids(t)[0]))
+        x = sinusoids(t).to(params[f"{name}.mlp.0.weight"].dtype)
+        x = F.silu(linear(params, f"{name}.mlp.0", x))
         return linear(params, f"{name}.mlp.2", x)
 
 
@@ -230,10 +226,10 @@ def embed_condition(params, t, r, y):
 def dit(params, z, t, r, y, *, block=block, condition=embed_condition):
     """Return the average velocity u(z, t, r | y), shaped like z.
 
-    z: (B, C, H, W), H and W divisible by the patch; t, r: (B,) in [0, 1]; all in the parameters'
-    dtype unless under autocast. y: (B,) int64 in [0, classes], where `classes` means "no class".
-    To compile, pass a compiled `block`: it serves all blocks. To condition on something else, pass
-    another `condition`, and take du/dt by torch.func.jvp: dit_jvp is of this one.
+    z: (B, C, H, W), H and W divisible by the patch, in the parameters' dtype unless under autocast;
+    t, r: (B,) in [0, 1], also of higher precision. y: (B,) int64 in [0, classes], where `classes`
+    means "no class". To compile, pass block=dual.compile(model.block): it serves all blocks, of
+    tensors and of duals. To condition on something else, pass another `condition`.
     """
     patch = params["x_embedder.proj.weight"].shape[-1]
     x = embed_places(params, z)  # (B, N, D)
@@ -243,113 +239,6 @@ def dit(params, z, t, r, y, *, block=block, condition=embed_condition):
     shift, scale = linear(params, "final_layer.adaLN_modulation.1", c).chunk(2, -1)  # (B, 1, D)
     x = linear(params, "final_layer.linear", modulate(norm(x), shift, scale))  # (B, N, patch^2 C)
     return unpatchify(x, patch, z)  # (B, C, H, W)
-
-
-# --- the same in forward mode ---
-#
-# Each function below returns a pair: the value for all B rows, with its graph, and the tangent of
-# the last m = len(dx) rows. Tangents are computed from detached values and weights, so they have no
-# graph, and the values may use any attention kernel.
-
-
-def tail(x, dx):
-    """Return the values of the rows that have a tangent, detached."""
-    return x[len(x) - len(dx) :].detach()
-
-
-def linear_jvp(params, name, x, dx):
-    """A linear map is its own derivative; the bias drops out."""
-    return linear(params, name, x), F.linear(dx, params[f"{name}.weight"].detach())
-
-
-def silu_jvp(x, dx):
-    """The Jacobian of an elementwise function is diagonal: forward and backward mode agree."""
-    return F.silu(x), torch.ops.aten.silu_backward(dx, tail(x, dx))
-
-
-def embed_time_jvp(params, name, t, m):
-    """Embed times, (B,), and differentiate the embedding of the last m with respect to them."""
-    with without_autocast(t):
-        x, dx = sinusoids(t)
-        x, dx = silu_jvp(*linear_jvp(params, f"{name}.mlp.0", x, dx[len(t) - m :]))
-        return linear_jvp(params, f"{name}.mlp.2", x, dx)
-
-
-def norm_jvp(x, dx):
-    """Remove from dx its mean and its part along the output, then divide by the deviation of x."""
-    y, _, rstd = torch.native_layer_norm(x, x.shape[-1:], None, None, EPS)
-    n = tail(y, dx)
-    dn = dx - dx.mean(-1, keepdim=True) - n * (n * dx).mean(-1, keepdim=True)
-    return y, dn * tail(rstd, dx)
-
-
-def modulate_jvp(x, dx, shift, dshift, scale, dscale):
-    dy = dx * (1 + tail(scale, dx)) + tail(x, dx) * dscale + dshift
-    return modulate(x, shift, scale), dy
-
-
-def heads_jvp(q, k, v, dq, dk, dv):
-    """The softmax p of scores s has dp = p (ds - <p, ds>); scores and output are products.
-
-    q, k, v: (B, heads, N, d); dq, dk, dv: (m, heads, N, d).
-    """
-    x = F.scaled_dot_product_attention(q, k, v)  # (B, heads, N, d)
-    q, k, v = (tail(a, dq) for a in (q, k, v))  # (m, heads, N, d)
-    scale = q.shape[-1] ** -0.5
-    scores = (q @ k.mT).to(torch.promote_types(q.dtype, torch.float32)) * scale
-    p = torch.softmax(scores, -1)  # (m, heads, N, N), in float32 under autocast as well
-    ds = (dq @ k.mT + q @ dk.mT) * scale
-    dp = p * (ds - (p * ds).sum(-1, keepdim=True))
-    return x, dp.to(q.dtype) @ v + p.to(q.dtype) @ dv  # (m, heads, N, d)
-
-
-def attention_jvp(params, name, x, dx):
-    qkv, dqkv = linear_jvp(params, f"{name}.qkv", x, dx)
-    x, dx = heads_jvp(*split_heads(qkv), *split_heads(dqkv))
-    return linear_jvp(params, f"{name}.proj", merge_heads(x), merge_heads(dx))
-
-
-def mlp_jvp(params, name, x, dx):
-    x, dx = linear_jvp(params, f"{name}.fc1", x, dx)
-    dx = torch.ops.aten.gelu_backward(dx, tail(x, dx), approximate="tanh")
-    return linear_jvp(params, f"{name}.fc2", F.gelu(x, approximate="tanh"), dx)
-
-
-def gated_jvp(x, dx, gate, dgate, branch, dbranch):
-    """Add a branch through its gate to the residual stream x."""
-    return x + gate * branch, dx + dgate * tail(branch, dx) + tail(gate, dx) * dbranch
-
-
-def block_jvp(w, x, dx, c, dc):
-    c, dc = linear_jvp(w, "adaLN_modulation.1", c, dc)  # (B, 1, 6 D), (m, 1, 6 D)
-    shift1, scale1, gate1, shift2, scale2, gate2 = zip(c.chunk(6, -1), dc.chunk(6, -1))
-    h = attention_jvp(w, "attn", *modulate_jvp(*norm_jvp(x, dx), *shift1, *scale1))
-    x, dx = gated_jvp(x, dx, *gate1, *h)  # (B, N, D), (m, N, D)
-    h = mlp_jvp(w, "mlp", *modulate_jvp(*norm_jvp(x, dx), *shift2, *scale2))
-    return gated_jvp(x, dx, *gate2, *h)  # (B, N, D), (m, N, D)
-
-
-def dit_jvp(params, z, t, r, y, dz, *, block_jvp=block_jvp):
-    """Return dit of all rows and, for the last m, du/dt along dz/dt = dz, dt/dt = 1, dr/dt = 0.
-
-    One pass that costs a forward of B + m rows. Arguments as for dit; dz: (m, C, H, W), m <= B.
-    Returns (u (B, C, H, W), du/dt (m, C, H, W)); u has the graph of dit, du/dt has none.
-    """
-    w, m = params["x_embedder.proj.weight"], len(dz)
-    patch = w.shape[-1]
-    x = embed_places(params, z)  # (B, N, D)
-    # float32 under autocast, like x, which is because its positions are; they have no tangent
-    dx = F.linear(patchify(dz, patch), w.detach().flatten(1)).to(x.dtype)  # (m, N, D)
-    ct, dct = embed_time_jvp(params, "t_embedder", t, m)  # (B, 1, D), (m, 1, D)
-    ch, dch = embed_time_jvp(params, "h_embedder", t - r, m)
-    c, dc = silu_jvp(ct + ch + embed_label(params, y), dct + dch)  # (B, 1, D), (m, 1, D)
-    for w in block_params(params):
-        x, dx = block_jvp(w, x, dx, c, dc)  # (B, N, D), (m, N, D)
-    c, dc = linear_jvp(params, "final_layer.adaLN_modulation.1", c, dc)
-    shift, scale = zip(c.chunk(2, -1), dc.chunk(2, -1))
-    x, dx = modulate_jvp(*norm_jvp(x, dx), *shift, *scale)
-    u, du = linear_jvp(params, "final_layer.linear", x, dx)  # (B, N, patch^2 C), (m, N, patch^2 C)
-    return unpatchify(u, patch, z), unpatchify(du, patch, z)
 
 
 def main():

@@ -38,11 +38,12 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import data
+import dual
 import fid
 import imf
 import sample
 from meanflow import count_equal, draw, fast_loss
-from model import SIZES, block, block_jvp, dit, dit_jvp, init
+from model import SIZES, block, dit, init
 
 SHARE = 0.75  # of the rows have r = t
 LOG_EVERY = 50  # steps
@@ -110,18 +111,16 @@ class Objective(torch.nn.Module):
         self.weights = torch.nn.ParameterList(params.values())  # where DDP finds them
         # One compiled block serves for all: as fast, on a CPU, as one graph of everything, which
         # takes five times as long to compile at depth 12, and longer the deeper it is.
-        compile = partial(torch.compile, fullgraph=True, dynamic=False) if compiled else lambda f: f
+        compile = partial(dual.compile, fullgraph=True, dynamic=False) if compiled else lambda f: f
         null = sample.count_classes(params)
         if sample.is_imf(params):
             one = dict(block=compile(imf.block))
-            dual = partial(imf.imf_jvp, params, **one, block_jvp=compile(imf.block_jvp))
-            velocity = partial(imf.imf_velocity, params, **one)
-            self.loss = partial(imf.fast_loss, dual=dual, velocity=velocity, null=null)
+            net, velocity = partial(imf.imf, params, **one), partial(imf.imf_velocity, params, **one)
+            self.loss = partial(imf.fast_loss, net, velocity=velocity, null=null, jvp=dual.jvp)
         else:
             net = partial(dit, params, block=compile(block))
-            dual = partial(dit_jvp, params, block_jvp=compile(block_jvp))
             guidance = dict(omega=recipe.omega, kappa=recipe.kappa, interval=recipe.interval)
-            self.loss = partial(fast_loss, net, dual=dual, null=null, **guidance)
+            self.loss = partial(fast_loss, net, null=null, jvp=dual.jvp, **guidance)
         self.mixed = precision == "bfloat16"
 
     def forward(self, x, y, draws, equal):
