@@ -14,9 +14,9 @@ Networks of linear maps, convolutions and attention cost 2.0 to 2.3 forwards for
 
 How. What is differentiated is a Dual, a tensor that carries its tangent. Every function of torch
 that is given one is looked up in RULES; what has no rule, and is written in Python, calls others
-that have; else the value is by the function itself and the tangent by torch.func.jvp of that one
-function. What would lose a tangent raises an error: a Dual written into a tensor that has none, an
-autograd.Function without jvp, a kernel that reads memory. Add a rule for such a function by
+that have; else the value is by the function itself and the tangent by torch's forward mode of that
+function alone. What would lose a tangent raises an error: a Dual written into a tensor that has
+none, an autograd.Function without jvp, a kernel that reads memory. Add a rule for such a function:
 
     @dual.rule(function)  # a function, or a class of autograd.Function
     def _(function, q, k, **options):  # is given duals and tensors, which dual.split takes apart
@@ -55,10 +55,11 @@ def jvp(f, primals, tangents):
     """
     if not isinstance(primals, tuple) or not isinstance(tangents, tuple):
         raise TypeError("primals and tangents are tuples: give (x,) for one x")
-    compiling = torch.compiler.is_compiling()
-    shell = Traced if compiling else Dual
+    shell = Traced if torch.compiler.is_compiling() else Dual
 
     def begin(x, dx):
+        if torch.is_inference_mode_enabled() or x.is_inference():
+            raise NotImplementedError("no derivatives in inference_mode: take torch.no_grad()")
         if not is_real(x) or dx.shape != x.shape:
             kind = f"{x.dtype} of shape {(*x.shape,)}"
             raise ValueError(f"a primal {kind} and a tangent of shape {(*dx.shape,)}")
@@ -72,7 +73,7 @@ def jvp(f, primals, tangents):
         return None if y is None else torch.zeros_like(y)
 
     duals = tree_map(begin, primals, tangents)
-    with contextlib.nullcontext() if compiling else running():
+    with running() if shell is Dual else contextlib.nullcontext():
         out = f(*duals)
     return tree_map(value_of, out), tree_map(end, out)
 
@@ -86,6 +87,10 @@ def running():
     RUNNING.jvp = True
     try:
         yield
+    except RuntimeError as error:
+        if "TorchScript interpreter" in str(error):  # which says no more of an error of ours
+            raise lost("a script", "", "call the function that it was made of") from error
+        raise
     finally:
         RUNNING.jvp = False
 
@@ -136,8 +141,15 @@ class Traced:
             return lambda *args, **kwargs: call(Traced, function, (self, *args), kwargs)
         raise AttributeError(name)
 
+    def __setitem__(self, key, x):
+        write(Traced, set_item, (self, key, x), {})
+
     def __iter__(self):
         return iter(self.unbind())
+
+
+def set_item(x, key, value):
+    x[key] = value
 
 
 def compile(f, **options):
@@ -226,7 +238,7 @@ def call(shell, function, args, kwargs):
 
 
 def lost(function, how="", hint="detach() what it is given, or write a dual.rule for its caller"):
-    name = getattr(function, "__name__", str(function))
+    name = getattr(function, "__name__", function)
     return NotImplementedError(f"{name} {how}would lose the tangent of dual.jvp: {hint}")
 
 
@@ -259,28 +271,19 @@ def without_check(function):
 
 
 def general(shell, function, args, kwargs):
-    """Value by the function itself; tangent by torch's forward mode, or by the same view."""
+    """Value by the function itself, tangent by torch's forward mode."""
     leaves, spec = tree_flatten((args, kwargs))
     values, eager = [value_of(a) for a in leaves], shell is Dual
-    tensors = [a for a in values if isinstance(a, torch.Tensor)]
     state = random_state(values) if eager else []
-    versions = [a._version for a in tensors if eager and not a.is_inference()]
-    out = invoke(function, values, spec)
-    if versions != [a._version for a in tensors if eager and not a.is_inference()]:
+    tensors = [a for a in values if eager and isinstance(a, torch.Tensor) and not a.is_inference()]
+    versions = [a._version for a in tensors]
+    outs, out_spec = tree_flatten(invoke(function, values, spec))
+    if versions != [a._version for a in tensors]:
         raise lost(function, "writes to its arguments and ")
-    outs, out_spec = tree_flatten(out)
     if not any(is_real(a) for a in outs):
-        return out
-    if eager and any(shares(outs[0], a.value) for a in leaves if is_dual(a)):
-        zeros = [torch.zeros_like(a) if is_real(a) and not is_dual(a) else a for a in leaves]
-        tangents = invoke(function, [a.tangent if is_dual(a) else a for a in zeros], spec)
-        tangents = [a for a in tree_leaves(tangents) if is_real(a)]
-    else:
-        after = random_state(values) if eager else []
-        restore(state)
-        tangents = differentiate(function, leaves, spec)
-        restore(after)
-    tangents = iter(tangents)
+        return tree_unflatten(outs, out_spec)
+    restore(state)
+    tangents = iter(differentiate(function, leaves, spec))
     outs = [join(shell, a, next(tangents)) if is_real(a) else a for a in outs]
     return tree_unflatten(outs, out_spec)
 
@@ -288,14 +291,6 @@ def general(shell, function, args, kwargs):
 def invoke(function, leaves, spec):
     args, kwargs = tree_unflatten(leaves, spec)
     return function(*args, **kwargs)
-
-
-def shares(a, b):
-    """Return whether a is a view of b."""
-    if {a.layout, b.layout} != {torch.strided}:
-        return False
-    a, b = a.untyped_storage().data_ptr(), b.untyped_storage().data_ptr()
-    return a == b != 0
 
 
 def random_state(leaves):
@@ -310,20 +305,28 @@ def restore(state):
         generator.set_state(numbers)
 
 
-def differentiate(function, leaves, spec):
-    """Return the tangents of all floating outputs by torch's forward mode, without graph."""
+def differentiate(function, leaves, spec, in_place=False):
+    """Return the tangents of all floating outputs by torch's forward mode, without graph.
+
+    Or that of a copy of the first argument, which the function writes to. The tangents of views of
+    the value are views of the tangent.
+    """
     # MATH: the only kernel of attention that has a forward mode
-    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), forward_ad.dual_level():
+    with sdpa_kernel(SDPBackend.MATH), forward_ad.dual_level():
         inputs = [constant(a) for a in leaves]
         for i, a in enumerate(leaves):
             if is_dual(a):
                 inputs[i] = forward_ad.make_dual(inputs[i], a.tangent)
+        if in_place:
+            inputs[0] = inputs[0].clone()
         try:
-            outs = tree_leaves(invoke(function, inputs, spec))
+            out = invoke(function, inputs, spec)
         except RuntimeError as error:  # NotImplementedError is one
             raise lost(function, "has no forward mode and ") from error
-        pairs = [forward_ad.unpack_dual(a) for a in outs if is_real(a)]
-        if all(dy is None for _, dy in pairs):  # so do operators that others registered
+        outs = inputs[:1] if in_place else [a for a in tree_leaves(out) if is_real(a)]
+        pairs = [forward_ad.unpack_dual(a) for a in outs]
+        custom = type(function).__module__ == "torch._ops"  # these say nothing if they have none
+        if custom and all(dy is None for _, dy in pairs):
             raise lost(function, "has no forward mode and ")
         return [torch.zeros_like(y) if dy is None else dy for y, dy in pairs]
 
@@ -337,14 +340,8 @@ def write(shell, function, args, kwargs):
         raise lost(function, "into a tensor that has no tangent ", hint)
     if not is_dual(target):
         return invoke(function, values, spec)
-
-    def copied(target, *args, **kwargs):
-        target = target.clone()
-        function(target, *args, **kwargs)
-        return target
-
     state = random_state(values) if shell is Dual else []
-    [tangent] = differentiate(copied, leaves, spec)
+    [tangent] = differentiate(function, leaves, spec, in_place=True)
     restore(state)
     out = invoke(function, values, spec)
     if target.tangent.shape != tangent.shape:  # squeeze_() and its like
@@ -393,7 +390,8 @@ def rule(function):
         @functools.wraps(function)
         def either(*args, **kwargs):
             if any(is_dual(a) for a in tree_leaves((args, kwargs))):
-                return call(Dual, function, args, kwargs)
+                shell = Traced if torch.compiler.is_compiling() else Dual
+                return call(shell, function, args, kwargs)
             return function(*args, **kwargs)
 
         return either
@@ -757,7 +755,7 @@ for name, derivative in {
     RULES |= dict.fromkeys(named(name), elementwise(derivative))
 
 in_place = [name for space in SPACES[:6] for name in dir(space) if re.fullmatch("[a-z].*_", name)]
-in_place = named(" ".join(in_place) + " __setitem__ setitem iadd isub imul itruediv ipow")
+in_place = named(" ".join(in_place) + " __setitem__ iadd isub imul itruediv ipow")
 RULES = dict.fromkeys(in_place, write) | RULES | dict.fromkeys(named("requires_grad_"), keep)
 INPLACE_AT = {  # where functions have their argument `inplace`
     f: list(inspect.signature(f).parameters).index("inplace")
@@ -794,6 +792,6 @@ def define(name, function, swapped=False):
 for name in "add sub mul truediv pow matmul".split():
     define(f"__{name}__", getattr(operator, name))
     define(f"__r{name}__", getattr(operator, name), swapped=True)
-for name in "neg getitem setitem eq ne lt le gt ge iadd isub imul itruediv ipow".split():
+for name in "neg getitem eq ne lt le gt ge iadd isub imul itruediv ipow".split():
     define(f"__{name}__", getattr(operator, name))
 define("__len__", torch.Tensor.__len__)
