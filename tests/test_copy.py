@@ -1,4 +1,4 @@
-"""The house: files import only from their left, and the first four work when copied alone."""
+"""The house: files import only from their left, and the first five work when copied alone."""
 
 import ast
 import shutil
@@ -9,9 +9,16 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-ORDER = ["meanflow", "model", "data", "fid", "imf", "sample", "train"]
+ORDER = ["meanflow", "dual", "model", "data", "fid", "imf", "sample", "train"]
 ALONE = {  # files to copy: what must run beside nothing else
     ("meanflow.py",): "import meanflow; meanflow.toy(iterations=3, batch=8)",
+    ("dual.py",): """
+import torch, dual
+x, net = torch.randn(3, 4), torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.SiLU())
+u, du = dual.jvp(net, (x,), (x,))
+assert u.requires_grad and not du.requires_grad
+assert torch.allclose(du, torch.func.jvp(net, (x,), (x,))[1], atol=1e-6)
+""",
     ("model.py",): "import model; model.main()",
     ("data.py", "digits.npz"): "import data; data.batch(data.digits(), 8, seed=0, step=3)",
     ("fid.py",): """
@@ -32,7 +39,7 @@ except ValueError as error:
 
 
 @pytest.mark.slow
-def test_the_first_four_files_work_alone(tmp_path):
+def test_the_first_five_files_work_alone(tmp_path):
     runs = []
     for files, code in ALONE.items():
         folder = tmp_path / files[0]
@@ -48,11 +55,11 @@ def test_the_first_four_files_work_alone(tmp_path):
 
 @pytest.mark.parametrize("name", ORDER)
 def test_imports_go_one_way(name):
-    """The first four import none at import time; fid.py takes helpers from data.py when it reads
+    """The first five import none at import time; fid.py takes helpers from data.py when it reads
     files."""
     tree = ast.parse((ROOT / f"{name}.py").read_text())
     allowed = ORDER[: ORDER.index(name)] if name in ("sample", "train") else []
-    allowed = ["meanflow", "model"] if name == "imf" else allowed
+    allowed = ["meanflow", "dual", "model"] if name == "imf" else allowed
     for scope, statements in (("file", tree.body), ("functions", ast.walk(tree))):
         for node in statements:
             names = [node.module] if isinstance(node, ast.ImportFrom) else []

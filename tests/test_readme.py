@@ -28,8 +28,8 @@ def code(language, number=0):
 def test_the_python_of_the_readme_runs():
     names = {}
     exec(code("python", 1), names)
-    assert names["images"].shape == names["x"].shape == (8, 4, 32, 32)
-    assert all(p.grad is not None for p in names["params"].values())
+    samples = names["samples"]
+    assert (samples.mean(0) - 1).abs().max() < 0.15 and (samples.std(0) < 0.4).all()
 
 
 def test_latents_in_the_layout_of_repa_become_shards(monkeypatch, tmp_path):
