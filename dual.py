@@ -58,7 +58,7 @@ def jvp(f, primals, tangents):
     shell = Traced if torch.compiler.is_compiling() else Dual
 
     def begin(x, dx):
-        if torch.is_inference_mode_enabled() or x.is_inference():
+        if shell is Dual and (torch.is_inference_mode_enabled() or x.is_inference()):
             raise NotImplementedError("no derivatives in inference_mode: take torch.no_grad()")
         if not is_real(x) or dx.shape != x.shape:
             kind = f"{x.dtype} of shape {(*x.shape,)}"
@@ -153,7 +153,11 @@ def set_item(x, key, value):
 
 
 def compile(f, **options):
-    """Return f compiled by torch.compile(f, **options), for duals as for tensors."""
+    """Return f compiled by torch.compile(f, **options), for duals as for tensors.
+
+    There, write torch.matmul for @, and give cat and stack a list, not a tuple: Dynamo knows what
+    to do with duals in no other form, and says so.
+    """
     compiled = torch.compile(f, **options)
 
     def run(*args, **kwargs):

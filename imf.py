@@ -26,7 +26,7 @@ from torch.utils._pytree import tree_map
 
 import dual
 import meanflow
-from meanflow import adaptive_loss, append_dims, count_equal, derivative, interpolate
+from meanflow import adaptive_loss, append_dims, count_equal, derivative, evaluate, interpolate
 from model import (
     block_params,
     embed_label,
@@ -168,12 +168,13 @@ def fast_loss(
         )
     whole, outputs = (z, t, r, torch.where(drop, null, y), Guidance(*draws[4:])), []
     if n > 0:
-        u, v_head = net(*tree_map(lambda a: a[:n], whole))
+        *rows, guidance = tree_map(lambda a: a[:n], whole)
+        u, v_head = evaluate(partial(net, guidance=guidance), *rows)
         outputs.append((u, v_head, torch.zeros_like(u), v_head))
     if n < len(x):
-        *rows, y, guidance = tree_map(lambda a: a[n:], whole)
+        z_, t_, r_, y_, guidance = tree_map(lambda a: a[n:], whole)
         given = partial(net, guidance=guidance)
-        (u, v_head), (dudt, _) = derivative(given, *rows, v_class, y, jvp=jvp)
+        (u, v_head), (dudt, _) = derivative(given, z_, t_, r_, v_class, y_, jvp=jvp)
         outputs.append((u, v_head, dudt, v_class))
     u, v_head, dudt, v_class = (torch.cat(parts) for parts in zip(*outputs))
     v_guided = guide(v, kappa, v_class, v_null, drop)
@@ -356,7 +357,7 @@ def rotate(x, rope):
     """Rotate each pair of neighbouring values of x, (B, heads, S, HEAD)."""
     cos, sin = rope
     a, b = x.unflatten(-1, (-1, 2)).unbind(-1)
-    return torch.stack((a * cos - b * sin, a * sin + b * cos), -1).flatten(-2)
+    return torch.stack([a * cos - b * sin, a * sin + b * cos], -1).flatten(-2)
 
 
 def attention(w, x, rope):
@@ -385,7 +386,7 @@ def embed(params, z, h, y, guidance):
         "time": embed_time(params, "h_embedder", h),
     }
     tokens = [params[f"{name}_tokens"] + c for name, c in conditions.items()]
-    return torch.cat((*tokens, embed_patches(params, z)), 1)
+    return torch.cat([*tokens, embed_patches(params, z)], 1)
 
 
 def head(params, kind, x, rope, like, block):

@@ -105,11 +105,12 @@ def replace(y, null, rows):
     """
 
     def one(y, null):
+        shape = null.shape if isinstance(null, torch.Tensor) else y.shape[1:]  # a number fits all
+        if (len(rows), *shape) != y.shape:
+            found = f"a condition of shape {(*y.shape,)} and null of shape {(*shape,)}"
+            raise ValueError(f"{found}, for a batch of {len(rows)}")
         null = null.to(y) if isinstance(null, torch.Tensor) else null
-        replaced = torch.where(append_dims(rows, y), null, y)
-        if replaced.shape != y.shape:
-            raise ValueError(f"null of shape {(*null.shape,)} in a condition of {(*y.shape,)}")
-        return replaced
+        return torch.where(append_dims(rows, y), null, y).to(y.dtype)
 
     return each(one, y, null)
 
@@ -150,7 +151,7 @@ def derivative(net, z, t, r, v, y, *, jvp=torch.func.jvp):
     of torch.func.jvp.
     """
     # torch.func.jvp knows no other kernel of attention, and dual.jvp lets the value take any
-    kernel = sdpa_kernel(SDPBackend.MATH) if jvp is torch.func.jvp else nullcontext()
+    kernel = sdpa_kernel(SDPBackend.MATH) if jvp.__module__.startswith("torch") else nullcontext()
     # clone: compiled code cannot take derivatives with respect to slices of other tensors
     primals, tangents = (z.clone(), t.clone()), (v, torch.ones_like(t))
     with kernel:

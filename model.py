@@ -107,7 +107,7 @@ def sinusoids(t):
     half = SINUSOIDS // 2
     exponents = torch.arange(half, device=t.device, dtype=t.dtype) / half
     angles = t[:, None, None] * 10000**-exponents
-    return torch.cat((angles.cos(), angles.sin()), -1)
+    return torch.cat([angles.cos(), angles.sin()], -1)
 
 
 def without_autocast(t):

@@ -177,7 +177,7 @@ def reverse_time(params):
     """
     for name in OUTPUT:
         params[name] = -params[name]
-    cos, sin = sinusoids(torch.ones(1, dtype=torch.float64))[0].flatten().chunk(2)
+    cos, sin = sinusoids(torch.ones(1, dtype=torch.float64)).flatten().chunk(2)
     a, b = params["t_embedder.mlp.0.weight"].double().chunk(2, 1)
     params["t_embedder.mlp.0.weight"] = torch.cat((a * cos + b * sin, a * sin - b * cos), 1)
 

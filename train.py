@@ -115,7 +115,10 @@ class Objective(torch.nn.Module):
         null = sample.count_classes(params)
         if sample.is_imf(params):
             one = dict(block=compile(imf.block))
-            net, velocity = partial(imf.imf, params, **one), partial(imf.imf_velocity, params, **one)
+            net, velocity = (
+                partial(imf.imf, params, **one),
+                partial(imf.imf_velocity, params, **one),
+            )
             self.loss = partial(imf.fast_loss, net, velocity=velocity, null=null, jvp=dual.jvp)
         else:
             net = partial(dit, params, block=compile(block))

@@ -33,11 +33,11 @@ import torch.nn.functional as F
 from step import processor
 from torch import nn
 from torch.multiprocessing import get_context
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import data
+import dual
 import fid
 import meanflow
 import model
@@ -156,18 +156,19 @@ def parameters(setting, size, channels, classes, generator):
 
 
 def along(net, tangent):
-    """Return the `dual` of meanflow.fast_loss that differentiates along another tangent."""
+    """Return a net and a jvp for meanflow.fast_loss that differentiate along another tangent."""
     of_v, dt, dr = tangent
 
-    def dual(z, t, r, y, v):
-        rows = slice(len(z) - len(v), None)
-        primals = [a[rows].clone() for a in (z, t, r)]
-        tangents = of_v * v, torch.full_like(t[rows], dt), torch.full_like(t[rows], dr)
-        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
-            dudt = torch.func.jvp(lambda z, t, r: net(z, t, r, y[rows]), (*primals,), tangents)[1]
-        return net(z, t, r, y), dudt
+    def jvp(f, primals, tangents):
+        dz, one = tangents
+        return dual.jvp(f, primals, (of_v * dz, dt * one))
 
-    return dual
+    def moving(z, t, r, y):
+        if dr and dual.is_dual(t):
+            r = dual.Dual(r, torch.full_like(r, dr))
+        return net(z, t, r, y)
+
+    return moving, jvp
 
 
 # --- a run ---
@@ -183,18 +184,14 @@ def fit(dataset, setting, seed, steps, watch=lambda *_: None):
     ema = {name: p.detach().clone() for name, p in params.items()}
     adam = torch.optim.Adam(params.values(), recipe.lr, betas=(0.9, 0.95), fused=True)
     state = train.State(params, ema, adam)
-    net = partial(model.dit, params, condition=conditioned)
-    if setting.condition == "t, t - r" and setting.tangent == (1, 1, 0):
-        dual = partial(model.dit_jvp, params)
-    else:
-        dual = along(net, setting.tangent)
+    net, jvp = along(partial(model.dit, params, condition=conditioned), setting.tangent)
     guidance = dict(omega=setting.omega, kappa=setting.kappa, interval=setting.interval)
     equal = int(setting.share * recipe.batch)
     for step in range(1, steps + 1):
         x, y = data.batch(dataset, recipe.batch, seed=seed, step=step)
         draws = draw(setting, x.shape, data.generator(seed, "draws", step))
         options = dict(null=classes, p=setting.p, equal=equal, **guidance)
-        rows, raw = meanflow.fast_loss(net, x, y, draws, dual=dual, **options)
+        rows, raw = meanflow.fast_loss(net, x, y, draws, jvp=jvp, **options)
         rows.mean().backward()
         norm = train.update(state, recipe, step)
         watch(step, draws, raw, state)

@@ -29,8 +29,15 @@ name=step-imf limit=300
 run python benchmarks/step.py --size "${IMF:-iXL/2}" --batch "$first" --only ours
 name=step-authors limit=400
 run python benchmarks/step.py --size "$SIZE" --batch "$first" --only authors ours --limit 240
+name=step-unet limit=600  # a network that somebody else wrote
+run python benchmarks/step.py --size UNet --batch "$first" --only authors ours --limit 240
 name=profile limit=200
 run python benchmarks/step.py --size "$SIZE" --batch "$first" --only ours --rounds 2 --profile
+
+name=digits limit=400  # how exact is du/dt of a trained network?
+run python train.py --steps $((10 * STEPS)) --out "$OUT/digits"
+name=derivative limit=120
+run python benchmarks/step.py --derivative --weights "$OUT/digits"
 
 name=latents limit=120  # does the loop keep up, and how long does a save take?
 run python -c "import sys, pathlib; sys.path[:0] = ['benchmarks', '.']; import loader

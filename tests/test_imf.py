@@ -12,8 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from processes import LAUNCH, finish, start
 from safetensors.torch import load_file, save_file
+from test_model import compare_compiled
 
 import data
+import dual
 import imf
 import meanflow
 import model
@@ -22,6 +24,7 @@ import train
 
 GOLDEN = np.load(Path(__file__).with_name("authors-imf.npz"))
 ABOUT = json.loads(str(GOLDEN["about"]))
+JVPS = torch.func.jvp, dual.jvp
 
 
 def golden(name):
@@ -74,23 +77,25 @@ def test_agrees_with_the_authors_code():
     draws, x, y = golden_draws(), golden("x"), golden("y").long()
     net, seen = partial(imf.imf, params), []
 
-    def spy(*inputs):
-        seen.append(net(*inputs))
+    def spy(*inputs, **guidance):
+        seen.append(net(*inputs, **guidance))
         return seen[-1]
 
     rows, raw = imf.loss(spy, x, y, draws, null=10)
     z, v = meanflow.interpolate(x, draws.e, draws.t)
     v_c, v_null = seen[0][1], seen[1][1]
-    u, v_head = seen[-1]
+    given_draws = partial(net, guidance=draws)
+    labels = torch.where(draws.drop, 10, y)
+    for jvp in JVPS:
+        out, (dudt, _) = meanflow.derivative(given_draws, z, draws.t, draws.r, v_c, labels, jvp=jvp)
+        assert close(dudt, golden("dudt"), 1e-5)
+    u, v_head = out
     assert close(u, golden("u"), 1e-5) and close(v_head, golden("v_head"), 1e-5)
     assert close(v_c, golden("v_c"), 1e-5)
     kappa = imf.gate(draws.t, draws)
     v_g = v + meanflow.append_dims(kappa, v) * (v_c - v_null)
     v_g = torch.where(meanflow.append_dims(draws.drop, v), v, v_g)
     assert close(v_g, golden("v_g"), 1e-5)
-    labels = torch.where(draws.drop, 10, y)
-    _, _, dudt = imf.imf_jvp(params, z, draws.t, draws.r, labels, draws, v_c)
-    assert close(dudt, golden("dudt"), 1e-5)
     assert close(raw[:, 0], golden("s_u"), 1e-5) and close(raw[:, 1], golden("s_v"), 1e-5)
     assert rows.mean().item() == pytest.approx(float(golden("loss")), rel=1e-5)
     rows.mean().backward()
@@ -141,35 +146,54 @@ def batch(seed, rows, share=0.5, dtype=torch.float64, drop=None):
 def test_the_fast_loss_is_the_loss(seed, rows, share, drop):
     params = {k: p.requires_grad_() for k, p in small(seed).items()}
     x, y, draws = batch(seed, rows, share, drop=drop)
+    net, alone = partial(imf.imf, params), partial(imf.imf_velocity, params)
+    losses = [imf.loss] + [
+        partial(imf.fast_loss, jvp=jvp, velocity=velocity)
+        for jvp, velocity in zip(JVPS, (None, alone))
+    ]
     found = []
-    for fast in (False, True):
-        if fast:
-            ways = dict(
-                dual=partial(imf.imf_jvp, params), velocity=partial(imf.imf_velocity, params)
-            )
-            each, raw = imf.fast_loss(x, y, draws, null=5, **ways)
-        else:
-            each, raw = imf.loss(partial(imf.imf, params), x, y, draws, null=5)
+    for loss in losses:
+        each, raw = loss(net, x, y, draws, null=5)
         gradients = torch.autograd.grad(each.mean(), params.values(), allow_unused=True)
         found.append([each, raw, *gradients])
-    for slow, quick in zip(*found):
-        assert (slow is None) == (quick is None)
-        assert slow is None or close(quick, slow, 1e-12)
+    for want, *others in zip(*found):
+        for got in others:
+            assert (want is None) == (got is None)
+            assert want is None or close(got, want, 1e-12)
 
 
-def test_imf_jvp_is_torch_func_jvp():
-    params, (x, y, draws) = small(), batch(3, 6)
+@pytest.mark.parametrize("rows, equal", [(5, 0), (5, 2), (5, 5), (1, 0), (1, 1)])
+def test_the_network_is_evaluated_no_more_than_it_must(rows, equal):
+    """And never on no rows: once by each row, and once by each velocity that is not known."""
+    x, y, draws = batch(0, rows, equal / rows)
+    seen = []
+
+    def net(z, t, r, y, guidance):
+        assert {len(a) for a in (z, t, r, y, *guidance)} == {len(z)}
+        seen.append(len(z))
+        return z, z
+
+    for jvp in JVPS:
+        seen.clear()
+        imf.fast_loss(net, x, y, draws, null=5, jvp=jvp)
+        assert sum(seen) == rows + rows + (rows - equal) and 0 not in seen
+
+
+def test_dual_jvp_is_torch_func_jvp():
+    """Compare u, v, du/dt and gradients; dv/dt, which no loss needs, is left out."""
+    params, (x, y, draws) = {k: p.requires_grad_() for k, p in small().items()}, batch(3, 6)
     _, t, r, _, *guidance = draws
     guidance = imf.Guidance(*guidance)
     v = torch.randn(x.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    net = partial(imf.imf, params)
-    want = meanflow.derivative(lambda *a: net(*a, guidance)[0], x, t, r, v, y)
-    u, v_head, dudt = imf.imf_jvp(params, x, t, r, y, guidance, v[2:])
-    assert close(dudt, want[2:], 1e-12) and not dudt.requires_grad
-    assert all(close(a, b, 1e-12) for a, b in zip((u, v_head), net(x, t, r, y, guidance)))
+    net, found = partial(imf.imf, params, guidance=guidance), []
+    for jvp in JVPS:
+        (u, v_head), tangents = meanflow.derivative(net, x, t, r, v, y, jvp=jvp)
+        loss = (u.square() + v_head.sin()).sum()
+        found.append([u, v_head, tangents[0], *torch.autograd.grad(loss, params.values())])
+    assert all(close(a, b, 1e-12) for a, b in zip(*found)) and not tangents[1].any()
     kappa = guidance.kappa
     alone = imf.imf_velocity(params, x, t, y, kappa)
-    assert close(alone, net(x, t, t, y, imf.at_all_times(kappa))[1], 1e-12)
+    assert close(alone, imf.imf(params, x, t, t, y, imf.at_all_times(kappa))[1], 1e-12)
 
 
 def test_tangents_in_bfloat16():
@@ -178,18 +202,16 @@ def test_tangents_in_bfloat16():
     for seed in range(4):
         params, (x, y, draws) = small(seed, (128, 2, 2, 2)), batch(seed, 6)
         _, t, r, _, *guidance = draws
-        guidance = imf.Guidance(*guidance)
         v = torch.randn(x.shape, generator=torch.Generator().manual_seed(seed)).double()
-        exact = imf.imf_jvp(params, x, t, r, y, guidance, v)[2]
+        net = partial(imf.imf, params, guidance=imf.Guidance(*guidance))
+        exact = meanflow.derivative(net, x, t, r, v, y)[1][0]
         params = {k: p.float() for k, p in params.items()}
         x, t, r, v, *guidance = (a.float() for a in (x, t, r, v, *guidance))
-        guidance = imf.Guidance(*guidance)
+        net = partial(imf.imf, params, guidance=imf.Guidance(*guidance))
         with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
-            ours = imf.imf_jvp(params, x, t, r, y, guidance, v)[2]
-            net = partial(imf.imf, params)
-            theirs = meanflow.derivative(lambda *a: net(*a, guidance)[0], x, t, r, v, y)
-        errors.append([((a - exact).norm() / exact.norm()).item() for a in (ours, theirs)])
-    ours, theirs = torch.tensor(errors).mean(0)
+            rounded = [meanflow.derivative(net, x, t, r, v, y, jvp=jvp)[1][0] for jvp in JVPS]
+        errors.append([((a - exact).norm() / exact.norm()).item() for a in rounded])
+    theirs, ours = torch.tensor(errors).mean(0)
     assert ours < 0.02 and ours <= 1.05 * theirs, (ours, theirs)
 
 
@@ -689,8 +711,9 @@ def test_gradients_in_bfloat16():
 
     def gradients(cast):
         p = {name: cast(p).detach().requires_grad_() for name, p in params.items()}
-        ways = dict(dual=partial(imf.imf_jvp, p), velocity=partial(imf.imf_velocity, p))
-        each, _ = imf.fast_loss(cast(x), y, imf.Draws(*map(cast, draws)), null=5, equal=8, **ways)
+        net, velocity = partial(imf.imf, p), partial(imf.imf_velocity, p)
+        ways = dict(velocity=velocity, jvp=dual.jvp, equal=8)
+        each, _ = imf.fast_loss(net, cast(x), y, imf.Draws(*map(cast, draws)), null=5, **ways)
         return torch.autograd.grad(each.mean(), p.values())
 
     exact = gradients(lambda a: a)
@@ -698,6 +721,15 @@ def test_gradients_in_bfloat16():
         rounded = gradients(lambda a: a.float() if a.is_floating_point() else a)
     for name, g, want in zip(params, rounded, exact):
         assert (g - want).norm() < 0.03 * want.norm(), (name, (g - want).norm() / want.norm())
+
+
+@pytest.mark.slow  # compiles
+def test_a_compiled_block_is_the_eager_one():
+    params = {k: p.requires_grad_() for k, p in small(size=(128, 1, 1, 2)).items()}
+    [w], (x, *_) = model.block_params(params, "shared_blocks"), batch(0, 4)
+    x = model.embed_patches(params, x).detach()
+    rope = imf.rotary(x.shape[1], x)
+    compare_compiled(imf.block, lambda wrap: (w, wrap(x), rope), [*w.values()])
 
 
 @pytest.mark.slow

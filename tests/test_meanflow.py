@@ -7,20 +7,39 @@ import runpy
 import shutil
 import sys
 from functools import partial
+from itertools import product
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import dual
 import meanflow as mf
 import model
 
 seeds = st.integers(0, 2**31)
 unit = st.floats(0.02, 0.98)
 NULL = 4
+JVPS = torch.func.jvp, dual.jvp
+
+
+def plain(*inputs, **options):
+    return mf.loss(*inputs, **options)
+
+
+def fast(*inputs, **options):
+    return mf.fast_loss(*inputs, jvp=torch.func.jvp, **options)
+
+
+def fast_dual(*inputs, **options):
+    return mf.fast_loss(*inputs, jvp=dual.jvp, **options)
+
+
+LOSSES = plain, fast, fast_dual
 
 
 def randn(seed, *shape):
@@ -120,7 +139,9 @@ def network(seed, dim=3, width=16):
     w = [p.requires_grad_() for p in w]
 
     def net(z, t, r, y):
-        return torch.tanh(torch.cat((z, t[:, None], (t - r)[:, None]), 1) @ w[0] + w[2][y]) @ w[1]
+        # Dynamo, which compiles it, asks no dual that is in a tuple or after an @
+        x = torch.cat([z, t[:, None], (t - r)[:, None]], 1)
+        return torch.matmul(torch.tanh(torch.matmul(x, w[0]) + w[2][y]), w[1])
 
     return net, w
 
@@ -187,12 +208,14 @@ def test_target_is_v_where_r_equals_t(seed):
 @given(seeds)
 def test_no_gradient_flows_through_target_and_guidance(seed):
     (z, t, r, y), (net, _) = points(seed), network(seed)
-    v = randn(seed + 1, 6, 3)
-    v.requires_grad_()
-    assert not mf.derivative(net, z, t, r, v, y).requires_grad
-    assert not mf.target(net, z, t, r, v, y).requires_grad
+    v, drop = randn(seed + 1, 6, 3).requires_grad_(), torch.zeros(6, dtype=torch.bool)
+    for jvp in JVPS:
+        u, dudt = mf.derivative(net, z, t, r, v, y, jvp=jvp)
+        assert u.requires_grad and not dudt.requires_grad
+        assert not mf.target(net, z, t, r, v, y, jvp=jvp).requires_grad
     for omega, kappa in ((2.0, 0.5), (1.0, 0.0)):
-        assert not mf.guide(net, z, t, v, y, null=NULL, omega=omega, kappa=kappa).requires_grad
+        v_g = mf.guide(net, z, t, v, y, drop, null=NULL, omega=omega, kappa=kappa)
+        assert not v_g.requires_grad
 
 
 # --- sampling ---
@@ -216,6 +239,7 @@ def test_any_number_of_steps_lands_where_the_ode_does(seed, m, s, steps):
     exact = flow.flow(e, ones, 0 * ones, y)
     close(integrate(flow.velocity, e, ones, 0 * ones, y, 400), exact, 1e-5)
     close(mf.sample(flow.average, e, y, steps), exact)
+    close(mf.sample(flow.average, e, y, np.int64(steps)), exact)
     close(mf.sample(flow.average, e, y, [1 - i / steps for i in range(steps + 1)]), exact)
 
 
@@ -227,6 +251,21 @@ def test_impossible_steps_are_refused(steps):
         mf.sample(
             Gaussian(0.0, 1.0).average, randn(0, 2, 3), torch.zeros(2, dtype=torch.int64), steps
         )
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("steps", [1, 50, 250, 1000])
+def test_half_precision_takes_any_number_of_steps(steps, dtype):
+    """On a straight flow: no time step vanishes, and the result is rounded once."""
+    e, u = randn(0, 64, 3).to(dtype), randn(1, 64, 3).to(dtype)
+
+    def net(z, t, r, y):
+        assert (t > r).all() and z.dtype == dtype
+        return u
+
+    x, exact = mf.sample(net, e, None, steps), e.double() - u.double()
+    assert x.dtype == dtype
+    assert ((x - exact).abs() <= 4 * torch.finfo(dtype).eps * (1 + exact.abs())).all()
 
 
 # --- guidance ---
@@ -244,15 +283,16 @@ def test_guided_field_is_a_fixed_point_at_scale_omega_over_one_minus_kappa(seed,
     def net(z, t, r, y):
         return torch.where((y == NULL)[:, None], flow.velocity(z, t, r, y), guided(z, t, r, y))
 
-    got = mf.guide(net, z, t, flow.velocity(z, t, t, y), y, null=NULL, omega=omega, kappa=kappa)
+    v, drop = flow.velocity(z, t, t, y), torch.zeros_like(t, dtype=torch.bool)
+    got = mf.guide(net, z, t, v, y, drop, null=NULL, omega=omega, kappa=kappa)
     close(got, guided(z, t, t, y), 1e-10)
 
 
 @given(seeds)
 def test_omega_1_kappa_0_is_no_guidance_and_needs_no_network(seed):
     z, t, _, y = points(seed)
-    v = randn(seed + 1, 6, 3)
-    close(mf.guide(None, z, t, v, y, null=NULL, omega=1.0, kappa=0.0), v, 0)
+    v, drop = randn(seed + 1, 6, 3), torch.zeros_like(t, dtype=torch.bool)
+    close(mf.guide(None, z, t, v, y, drop, null=NULL, omega=1.0, kappa=0.0), v, 0)
 
 
 @given(seeds, unit, unit, st.floats(0.5, 3), st.floats(0, 0.9))
@@ -261,17 +301,17 @@ def test_guidance_leaves_alone_dropped_rows_and_times_outside_the_interval(
 ):
     (z, t, _, y), (net, _) = points(seed, batch=40), network(seed)
     v, low, high = randn(seed + 1, 40, 3), min(a, b), max(a, b)
-    y[::3] = NULL
+    drop = torch.arange(40) % 3 == 0
     kw = dict(null=NULL, omega=omega, kappa=kappa)
     got, everywhere = (
-        mf.guide(net, z, t, v, y, interval=(low, high), **kw),
-        mf.guide(net, z, t, v, y, **kw),
+        mf.guide(net, z, t, v, y, drop, interval=(low, high), **kw),
+        mf.guide(net, z, t, v, y, drop, **kw),
     )
-    inside = (low <= t) & (t <= high) & (y != NULL)
+    inside = (low <= t) & (t <= high) & ~drop
     close(got[~inside], v[~inside], 0) if (~inside).any() else None
     close(got[inside], everywhere[inside], 0) if inside.any() else None
     if abs(omega - 1) + kappa > 0.1:
-        assert (everywhere[y != NULL] != v[y != NULL]).any(1).all()
+        assert (everywhere[~drop] != v[~drop]).any(1).all()
 
 
 # --- the loss ---
@@ -314,8 +354,8 @@ def test_the_fast_loss_is_the_loss(seed, mode, interval, batch, data):
     net, w = network(seed)
     want, want_raw = mf.loss(net, x, y, d, **kw)
     want_gradients = torch.autograd.grad(want.sum(), w)
-    for count in {None, equal}:
-        got, raw = mf.fast_loss(net, x, y, d, equal=count, **kw)
+    for count, jvp in product({None, equal}, JVPS):
+        got, raw = mf.fast_loss(net, x, y, d, equal=count, jvp=jvp, **kw)
         close(got, want)
         close(raw, want_raw)
         for a, b in zip(torch.autograd.grad(got.sum(), w), want_gradients):
@@ -324,18 +364,34 @@ def test_the_fast_loss_is_the_loss(seed, mode, interval, batch, data):
 
 def test_rows_with_r_equal_t_are_known_without_a_jvp():
     """The fast loss counts the leading rows with r = t and asks for no derivative of them."""
-    seen = []
+    (net, _), seen = network(0), []
 
-    def dual(z, t, r, y, v):
-        seen.append(len(v))
-        return z, v
+    def jvp(f, primals, tangents):
+        seen.append(len(primals[0]))
+        return dual.jvp(f, primals, tangents)
 
     for equal in (0, 2, 5):
         d = draws(0, 5, equal=equal)
-        mf.fast_loss(
-            None, randn(1, 5, 3), torch.zeros(5, dtype=torch.int64), d, null=NULL, dual=dual
-        )
-    assert seen == [5, 3, 0]
+        mf.fast_loss(net, randn(1, 5, 3), torch.zeros(5).long(), d, null=NULL, jvp=jvp)
+    assert seen == [5, 3]
+
+
+@pytest.mark.parametrize("batch, equal", [(5, 0), (5, 2), (5, 5), (1, 0), (1, 1)])
+def test_the_network_is_evaluated_no_more_than_it_must(batch, equal):
+    """And never on no rows."""
+    d, seen = draws(0, batch, equal=equal), []
+
+    def net(z, t, r, y):
+        assert len(z) == len(t) == len(r) == len(y)
+        seen.append(len(z))
+        return z
+
+    for mode, loss in product(MODES, LOSSES):
+        seen.clear()
+        loss(net, randn(1, batch, 3), torch.zeros(batch).long(), d, null=NULL, **mode)
+        null = 0 if mode["omega"] == 1 and mode["kappa"] == 0 else batch
+        differ = batch if loss is plain else batch - equal
+        assert sum(seen) == batch + null + (differ if mode["kappa"] else 0) and 0 not in seen
 
 
 @given(seeds, st.sampled_from(MODES), st.sampled_from([(0.0, 1.0), (0.2, 0.7)]))
@@ -386,22 +442,37 @@ def test_gradient_is_that_of_the_squared_error_times_a_constant_weight(seed, p, 
 
 
 @given(seeds)
-def test_the_target_is_held_fixed_whatever_dual_returns(seed):
-    (net, w), d, x = network(seed), draws(seed, 7, equal=3), randn(seed + 5, 7, 3)
+def test_the_target_is_held_fixed(seed):
+    """Even if the data, and the tangents that `jvp` returns, have a graph."""
+    (net, w), d, x = network(seed), draws(seed, 7, equal=3), randn(seed + 5, 7, 3).requires_grad_()
     y = torch.zeros(7, dtype=torch.int64)
 
-    def jvp(z, t, r, y, v):  # du/dt with a graph
-        m = len(v)
-        tail = torch.func.jvp(
-            lambda z, t: net(z, t, r[-m:], y[-m:]), (z[-m:], t[-m:]), (v, torch.ones_like(t[-m:]))
-        )
-        return net(z, t, r, y), tail[1]
+    def jvp(f, primals, tangents):
+        u, dudt = torch.func.jvp(f, primals, tangents)
+        assert dudt.requires_grad
+        return u, dudt
 
-    kw = dict(null=NULL, kappa=0.5)
-    (a, _), (b, _) = mf.loss(net, x, y, d, **kw), mf.fast_loss(net, x, y, d, dual=jvp, **kw)
-    close(b, a)
-    for g, h in zip(torch.autograd.grad(b.sum(), w), torch.autograd.grad(a.sum(), w)):
-        close(g, h)
+    for kappa in (0, 0.5):
+        (a, _), (b, _) = (
+            loss(net, x, y, d, null=NULL, kappa=kappa)
+            for loss in (mf.loss, partial(mf.fast_loss, jvp=jvp))
+        )
+        close(b, a)
+        for g, h in zip(*(torch.autograd.grad(rows.sum(), [*w, x]) for rows in (a, b))):
+            close(g, h)
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_one_dropout_mask_serves_u_and_its_derivative(loss):
+    """If u is (1 + t) z, doubled or dropped, the error of a row is one of two numbers."""
+    d, x = draws(0, 200, dim=1, equal=0), randn(5, 200, 1)
+    (z, v), t, r = mf.interpolate(x, d.e, d.t), d.t[:, None], d.r[:, None]
+    u, dudt = (1 + t) * z, (1 + t) * v + z
+    either = torch.cat([(m * u - v + (t - r) * m * dudt).square() for m in (0, 2)], 1)
+    torch.manual_seed(0)
+    _, raw = loss(lambda z, t, r, y: F.dropout((1 + t[:, None]) * z), x, None, d, null=None)
+    gap, which = (either - raw[:, None]).abs().min(1)
+    assert gap.max() < 1e-12 and 60 < which.sum() < 140
 
 
 @given(seeds, st.integers(2, 5))
@@ -444,14 +515,152 @@ def test_minimising_the_loss_finds_the_flow():
 
 def test_the_loss_of_any_net_compiles_to_one_graph():
     (net, w), d, x = network(0), draws(0, 8, equal=6), randn(5, 8, 3)
-    y, kw = torch.zeros(8, dtype=torch.int64), dict(null=NULL, kappa=0.5, equal=6)
-    compiled = torch.compile(
-        lambda x, y, d: mf.fast_loss(net, x, y, d, **kw)[0], fullgraph=True, backend="aot_eager"
-    )
-    (a, b) = compiled(x, y, d), mf.fast_loss(net, x, y, d, **kw)[0]
-    close(a, b)
-    for g, h in zip(torch.autograd.grad(a.sum(), w), torch.autograd.grad(b.sum(), w)):
-        close(g, h)
+    y = torch.zeros(8, dtype=torch.int64)
+    for jvp in JVPS:
+        run = partial(mf.fast_loss, net, null=NULL, kappa=0.5, equal=6, jvp=jvp)
+        a = torch.compile(run, fullgraph=True, backend="aot_eager")(x, y, d)[0]
+        b = run(x, y, d)[0]
+        close(a, b)
+        for g, h in zip(torch.autograd.grad(a.sum(), w), torch.autograd.grad(b.sum(), w)):
+            close(g, h)
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_a_transformer_of_torch_is_trained(loss):
+    """In eval mode too, where torch takes another way if there is no graph."""
+    torch.manual_seed(0)
+    layer = torch.nn.TransformerEncoderLayer(8, 2, 16, 0.0, batch_first=True)
+    net = torch.nn.ModuleList((torch.nn.TransformerEncoder(layer, 2), torch.nn.Linear(2, 8)))
+    encoder, embed = net.double()
+    d, x = draws(0, 6, dim=40, equal=3), randn(5, 6, 5, 8)
+    d, found = d._replace(e=d.e.view(6, 5, 8)), []
+    for form, training in ((plain, True), (loss, True), (loss, False)):
+        net.train(training)
+        rows, raw = form(
+            lambda z, t, r, y: encoder(z + embed(torch.stack((t, t - r), 1))[:, None]),
+            x,
+            None,
+            d,
+            null=None,
+            kappa=0.5,
+        )
+        found.append([rows, raw, *torch.autograd.grad(rows.sum(), net.parameters())])
+    for want, *others in zip(*found, strict=True):
+        for got in others:
+            close(got, want)
+
+
+# --- conditions and shapes ---
+
+
+def conditions(seed):
+    """Return a table of texts, their masks and a scale, by class."""
+    texts, scales = randn(seed, NULL + 1, 4, 3), randn(seed + 1, NULL + 1)
+    return {"text": (texts, randn(seed + 2, NULL + 1, 4) < 0.5), "scale": scales}
+
+
+@given(seeds, st.sampled_from(MODES), st.sampled_from(LOSSES), st.integers(0, 7))
+def test_a_condition_may_be_any_tensors(seed, mode, loss, equal):
+    """A loss with rows of a table for conditions is the loss with labels that look them up."""
+    (net, w), d, x = network(seed), draws(seed, 7, equal=equal), randn(seed + 5, 7, 3)
+    table, y = conditions(seed), torch.arange(7) % NULL
+
+    def look_up(k):
+        return mf.each(lambda a: a[k], table)
+
+    def conditioned(z, t, r, y):
+        text, mask = y["text"]
+        assert mask.dtype == torch.bool
+        z = z * y["scale"][:, None] + (text * mask[..., None]).sum(1)
+        return net(z, t, r, torch.zeros(len(z), dtype=torch.int64))
+
+    def labelled(z, t, r, y):
+        return conditioned(z, t, r, look_up(y))
+
+    found = []
+    for f, y, null in ((labelled, y, NULL), (conditioned, look_up(y), look_up(NULL))):
+        rows, raw = loss(f, x, y, d, null=null, **mode)
+        found.append([rows, raw, *torch.autograd.grad(rows.sum(), w[:2])])
+    for want, got in zip(*found, strict=True):
+        close(got, want)
+
+
+@given(seeds, st.sampled_from(MODES), st.sampled_from(LOSSES), st.integers(0, 7))
+def test_there_may_be_no_condition(seed, mode, loss, equal):
+    (net, w), d, x = network(seed), draws(seed, 7, equal=equal), randn(seed + 5, 7, 3)
+
+    def unconditional(z, t, r, y):
+        assert y is None
+        return net(z, t, r, torch.zeros(len(z), dtype=torch.int64))
+
+    found = []
+    for f, y, null in ((net, torch.zeros(7, dtype=torch.int64), 0), (unconditional, None, None)):
+        rows, raw = loss(f, x, y, d, null=null, **mode)
+        found.append([rows, raw, *torch.autograd.grad(rows.sum(), w)])
+    for want, got in zip(*found, strict=True):
+        close(got, want)
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("shape", [(3, 3), (2, 4, 3), (5, 1, 4, 3), (7, 3)])
+def test_a_null_that_does_not_fit_is_refused(loss, shape):
+    """By its shape, beside that of the condition, or as it is built otherwise."""
+    d, x, y = draws(0, 7), randn(5, 7, 3), (randn(1, 7, 4, 3), randn(2, 7))
+    run = partial(loss, lambda z, t, r, y: z, x, y, d)
+    with pytest.raises(
+        ValueError, match="a condition of shape .* and null of shape .* for a batch of 7"
+    ) as error:
+        run(null=(torch.zeros(shape), torch.zeros(())))
+    assert str(shape) in str(error.value) and str((7, 4, 3)) in str(error.value)
+    with pytest.raises(ValueError):
+        run(null=(torch.zeros(4, 3),))
+    with pytest.raises(ValueError, match=r"\(1,\) and null of shape \(\), for a batch of 7"):
+        loss(lambda z, t, r, y: z, x, y[1][:1], d, null=0)
+
+
+def test_null_takes_the_dtype_of_the_condition():
+    """And only in the rows that are marked."""
+    y = randn(0, 3, 2), torch.arange(3), torch.ones(3, dtype=torch.bool)
+    null = torch.full((2,), 0.5), torch.tensor(7.0), 0
+    new = mf.replace(y, null, torch.tensor([True, False, True]))
+    assert [a.dtype for a in new] == [a.dtype for a in y]
+    assert (new[0][1] == y[0][1]).all() and (new[0][::2] == 0.5).all()
+    assert new[1].tolist() == [7, 1, 7] and new[2].tolist() == [False, True, False]
+
+
+@pytest.mark.parametrize(
+    "shape, wrong",
+    [
+        ((8, 2), lambda z: z[:, :1]),
+        ((8, 2), lambda z: z[:, 0]),
+        ((8, 3, 4, 4), lambda z: z.mean((1, 2, 3), keepdim=True)),
+        ((8, 3, 4, 4), lambda z: z[:, :, :, :1]),
+        ((8, 3, 4, 4), lambda z: z[:1]),
+        ((8, 3, 4, 4), lambda z: z.flatten(1)),
+        ((8, 3, 4, 4), lambda z: z[None]),
+    ],
+)
+def test_other_shapes_are_refused(shape, wrong):
+    """Of what the network returns, and of noise, even if they broadcast; both are named."""
+    x, t, y = randn(0, *shape), torch.full((8,), 0.5, dtype=torch.float64), torch.zeros(8).long()
+    seen = []
+
+    def net(z, t, r, y):
+        seen[:] = z, wrong(z)
+        return seen[1]
+
+    def refused(run, *tensors):
+        with pytest.raises(ValueError) as error:
+            run()
+        assert all(str((*a.shape,)) in str(error.value) for a in (*tensors, *seen))
+
+    refused(lambda: mf.sample(net, x, y))
+    for loss, r, kappa in product(LOSSES, (t, 0 * t), (0, 0.5)):
+        d, options = mf.Draws(x, t, r, t > 1), dict(null=NULL, kappa=kappa)
+        refused(lambda: loss(net, x, y, d, **options))
+        seen.clear()
+        d = d._replace(e=wrong(x))
+        refused(lambda: loss(lambda z, t, r, y: z, x, y, d, **options), x, d.e)
 
 
 # --- the draws ---
@@ -532,25 +741,17 @@ def test_agrees_with_the_authors_code(mode, scales):
     d = mf.Draws(gold["e"], t, r, gold["drop"])
     dropped = torch.where(d.drop, 10, y)
     z, v = mf.interpolate(x, d.e, t)
-    v_g = mf.guide(net, z, t, v, dropped, null=10, **{"omega": 1.0, "kappa": 0.0, **scales})
+    scales = {"omega": 1.0, "kappa": 0.0, **scales}
+    v_g = mf.guide(net, z, t, v, dropped, d.drop, null=10, **scales)
     near(v_g, gold["vg"])
     near(net(z, t, r, dropped), gold["u"])
-    seen = []
-
-    def jvp(f, primals, tangents):
-        seen.append(torch.func.jvp(f, primals, tangents))
-        return seen[-1]
-
-    near(
-        mf.target(net, z, t, r, v_g, dropped, jvp=jvp),
-        v_g - mf.append_dims(t - r, z) * gold["dudt"],
-    )
-    near(seen[0][1], gold["dudt"])
-    u, dudt = model.dit_jvp(params, z, t, r, dropped, v_g)
-    near(u, gold["u"])
-    near(dudt, gold["dudt"])
-    fast = partial(mf.fast_loss, dual=partial(model.dit_jvp, params))
-    for loss in (mf.loss, mf.fast_loss, fast):
+    for jvp in JVPS:
+        u, dudt = mf.derivative(net, z, t, r, v_g, dropped, jvp=jvp)
+        near(u, gold["u"])
+        near(dudt, gold["dudt"])
+        target = mf.target(net, z, t, r, v_g, dropped, jvp=jvp)
+        near(target, v_g - mf.append_dims(t - r, z) * gold["dudt"])
+    for loss in LOSSES:
         each, raw = loss(net, x, y, d, null=10, **scales)
         near(raw, gold["raw"])
         near(each.mean(), gold["loss"])

@@ -4,6 +4,7 @@ test_meanflow.py compares it with the authors' code.
 """
 
 import math
+from collections import Counter
 from functools import partial
 
 import pytest
@@ -12,9 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_meanflow import MODES, draws
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import data
+import dual
 import meanflow
 import model
 
@@ -154,6 +156,13 @@ def test_single_precision_is_close_to_double():
     assert single.dtype == torch.float32 and (single - exact).norm() < 1e-5 * exact.norm()
 
 
+def test_times_may_be_more_precise_than_weights():
+    z, t, r, y = inputs(4)
+    exact = model.dit(small(), z, t, r, y)
+    half = model.dit(small(dtype=torch.bfloat16), z.bfloat16(), t, r, y)
+    assert half.dtype == torch.bfloat16 and (half - exact).norm() < 0.03 * exact.norm()
+
+
 # --- forward mode ---
 
 
@@ -169,26 +178,24 @@ SHAPES = [
 ]  # 1152: 16 heads of 72, as XL/2
 
 
-def test_dit_jvp_is_torch_func_jvp():
-    """Compare value, tangent and gradient, for every number of rows that have a tangent."""
+def test_dual_jvp_is_torch_func_jvp():
+    """Compare value, tangent and gradient."""
     for size, channels in SHAPES:
         params = {
             name: p.requires_grad_() for name, p in small(size=size, channels=channels).items()
         }
         z, t, r, y = inputs(3, channels)
         v = torch.randn(z.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-        with sdpa_kernel(SDPBackend.MATH):
-            value, tangent = torch.func.jvp(
-                lambda z, t: model.dit(params, z, t, r, y), (z, t), (v, torch.ones_like(t))
-            )
-        gradients = torch.autograd.grad(value.square().sum(), params.values())
-        for m in range(4):
-            u, du = model.dit_jvp(params, z, t, r, y, v[3 - m :])
-            close(u, value)
-            close(du, tangent[3 - m :])
-            assert not du.requires_grad
-            for g, want in zip(torch.autograd.grad(u.square().sum(), params.values()), gradients):
-                close(g, want)
+        found = []
+        for jvp in (torch.func.jvp, dual.jvp):
+            with sdpa_kernel(SDPBackend.MATH):
+                u, du = jvp(
+                    lambda z, t: model.dit(params, z, t, r, y), (z, t), (v, torch.ones_like(t))
+                )
+            found.append([u, du, *torch.autograd.grad(u.square().sum(), params.values())])
+        assert not du.requires_grad
+        for want, got in zip(*found):
+            close(got, want)
 
 
 @given(st.integers(0, 2**31), st.sampled_from(MODES), st.integers(1, 5), st.data())
@@ -207,12 +214,8 @@ def test_the_fast_loss_is_the_whole_batch_loss(seed, mode, batch, data):
     def net(z, t, r, y):
         return model.dit(params, z.unflatten(1, (1, 8, 8)), t, r, y).flatten(1)
 
-    def jvp(z, t, r, y, v):
-        u, du = model.dit_jvp(params, z.unflatten(1, (1, 8, 8)), t, r, y, v.unflatten(1, (1, 8, 8)))
-        return u.flatten(1), du.flatten(1)
-
     want, _ = meanflow.loss(net, x, y, d, **kw)
-    got, _ = meanflow.fast_loss(net, x, y, d, dual=jvp, equal=equal, **kw)
+    got, _ = meanflow.fast_loss(net, x, y, d, jvp=dual.jvp, equal=equal, **kw)
     close(got, want)
     for g, w in zip(*(torch.autograd.grad(each.sum(), params.values()) for each in (got, want))):
         close(g, w)
@@ -227,31 +230,31 @@ def test_tangents_in_bfloat16():
             inputs(8, seed=seed),
         )
         v = torch.randn(z.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-        _, exact = model.dit_jvp(params, z, t, r, y, v)
-        params, (z, t, r, v) = (
-            {name: p.float() for name, p in params.items()},
-            (a.float() for a in (z, t, r, v)),
-        )
+        _, exact = meanflow.derivative(partial(model.dit, params), z, t, r, v, y)
+        net = partial(model.dit, {name: p.float() for name, p in params.items()})
+        z, t, r, v = (a.float() for a in (z, t, r, v))
         with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
-            _, ours = model.dit_jvp(params, z, t, r, y, v)
-            theirs = meanflow.derivative(partial(model.dit, params), z, t, r, v, y)
-        errors.append([((du - exact).norm() / exact.norm()).item() for du in (ours, theirs)])
+            rounded = [
+                meanflow.derivative(net, z, t, r, v, y, jvp=jvp)[1]
+                for jvp in (dual.jvp, torch.func.jvp)
+            ]
+        errors.append([((du - exact).norm() / exact.norm()).item() for du in rounded])
     ours, theirs = torch.tensor(errors).mean(0)
     assert ours < 0.02 and ours <= 1.05 * theirs, (ours, theirs)
 
 
-class Dtypes(TorchFunctionMode):
-    """Records the dtypes of what functions are given first and return."""
+class Kernels(TorchDispatchMode):
+    """Counts what kernels are called by name, and the dtypes they are given first and return."""
 
     def __init__(self):
-        self.seen = {}
+        super().__init__()
+        self.seen = Counter()
 
-    def __torch_function__(self, function, types, args=(), kwargs=None):
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         out = function(*args, **(kwargs or {}))
-        first = out[0] if isinstance(out, tuple) else out
-        if torch.is_tensor(first):
-            pair = args[0].dtype if args and torch.is_tensor(args[0]) else None, first.dtype
-            self.seen.setdefault(getattr(function, "__name__", ""), []).append(pair)
+        first = out[0] if isinstance(out, (tuple, list)) else out
+        if args and torch.is_tensor(args[0]) and torch.is_tensor(first):
+            self.seen[function.overloadpacket.__name__, args[0].dtype, first.dtype] += 1
         return out
 
 
@@ -259,37 +262,37 @@ def test_what_is_computed_in_which_precision():
     """Under autocast GEMMs and attention are bfloat16; times, norms, softmax, streams float32."""
     params = small(size=(128, 2, 2), dtype=torch.float32)
     z, t, r, y = inputs(4, dtype=torch.float32)
-    streams = []
+    half, single, streams = torch.bfloat16, torch.float32, []
 
     def block(w, x, c):
-        streams.append(x.dtype)
+        streams.extend(a.dtype for a in dual.split(x) if a is not None)
         return model.block(w, x, c)
 
-    def block_jvp(w, x, dx, c, dc):
-        streams.extend((x.dtype, dx.dtype))
-        return model.block_jvp(w, x, dx, c, dc)
-
-    # linear maps of two time MLPs, and of the patches, two blocks and the output
-    for run, times, others in (
-        (lambda: model.dit(params, z, t, r, y, block=block), 4, 13),
-        (lambda: model.dit_jvp(params, z, t, r, y, z[2:], block_jvp=block_jvp), 8, 26),
+    net = partial(model.dit, params, block=block)
+    everywhere = {"norm": single, "cos": single, "attention": half}
+    for run, gemms, precision in (
+        (lambda: net(z, t, r, y), {"addmm"}, everywhere),
+        (
+            lambda: meanflow.derivative(net, z, t, r, z, y, jvp=dual.jvp),
+            {"addmm", "mm"},  # of values, and of tangents: without a bias
+            everywhere | {"softmax": single, "silu": single, "bmm": half},
+        ),
     ):
-        with torch.autocast("cpu", torch.bfloat16), Dtypes() as dtypes:
+        with torch.autocast("cpu", half), Kernels() as kernels:
             run()
-        half, single = torch.bfloat16, torch.float32
-        results = {name: {out for _, out in pairs} for name, pairs in dtypes.seen.items()}
-        norms = results.get("layer_norm", set()) | results.get("native_layer_norm", set())
-        assert norms == {single} and results["scaled_dot_product_attention"] == {half}
-        assert results.get("softmax", {single}) == {single}
-        linear = [out for _, out in dtypes.seen["linear"]]
-        assert (linear.count(single), linear.count(half)) == (times, others)
-        assert dtypes.seen["cos"] == [(single, single)] * len(dtypes.seen["cos"])
-    assert set(streams) == {torch.float32}
+        for name in gemms:  # of two time MLPs; of the patches, two blocks and the output
+            assert kernels.seen[name, single, single] == 4
+            assert kernels.seen[name, half, half] == 13
+        for part, dtype in precision.items():
+            found = {key[1:] for key in kernels.seen if part in key[0]}
+            assert found == {(dtype, dtype)}, part
+    assert streams == [single] * 6
 
 
-def test_gradients_in_bfloat16():
+@pytest.mark.parametrize("equal", [12, 0])
+def test_gradients_in_bfloat16(equal):
     """Autocast caches weights: those cached without gradient must not serve the pass with one."""
-    params, d = small(size=(256, 2, 2), channels=3), draws(0, 16, dim=3 * 16 * 16, equal=12)
+    params, d = small(size=(256, 2, 2), channels=3), draws(0, 16, dim=3 * 16 * 16, equal=equal)
     x, y = inputs(16, height=16, width=16)[0], torch.arange(16) % 5
     d = d._replace(e=d.e.unflatten(1, (3, 16, 16)))
 
@@ -302,8 +305,8 @@ def test_gradients_in_bfloat16():
             meanflow.Draws(*map(cast, d)),
             null=5,
             kappa=0.5,
-            dual=partial(model.dit_jvp, p),
-            equal=12,
+            jvp=dual.jvp,
+            equal=equal,
         )
         return torch.autograd.grad(each.mean(), p.values())
 
@@ -314,27 +317,45 @@ def test_gradients_in_bfloat16():
         assert (g - want).norm() < 0.03 * want.norm(), (name, (g - want).norm() / want.norm())
 
 
+def compare_compiled(f, arguments, weights):
+    """Compare f with dual.compile(f): value, tangent and gradients, of tensors and of duals.
+
+    arguments(wrap) -> those of f, with `wrap` around what has a tangent.
+    """
+    compiled = dual.compile(f, fullgraph=True, dynamic=False)
+
+    def with_tangent(x):
+        g = torch.Generator().manual_seed(1)
+        return dual.Dual(x, torch.randn(x.shape, generator=g, dtype=x.dtype))
+
+    for wrap in (lambda x: x, with_tangent):
+        found = []
+        for run in (f, compiled):
+            value, tangent = dual.split(run(*arguments(wrap)))
+            loss = (value * torch.arange(value.shape[-1])).square().sum()
+            found.append([value, *torch.autograd.grad(loss, weights)])
+            if wrap is with_tangent:
+                found[-1].append(tangent)
+        for want, got in zip(*found, strict=True):
+            close(got, want)
+
+
 @pytest.mark.slow  # compiles
-@pytest.mark.parametrize("block, tangents", [(model.block, 0), (model.block_jvp, 2)])
-def test_a_compiled_block_has_the_right_gradient(block, tangents):
+def test_a_compiled_block_is_the_eager_one():
     """On patches embedded by `embed_patches`; a convolution's layout breaks compiled gradients."""
-    params, (z, *_) = (
-        {name: p.requires_grad_() for name, p in small(size=(64, 1, 2)).items()},
-        inputs(4),
+    params = {name: p.requires_grad_() for name, p in small(size=(64, 1, 2)).items()}
+    z, *_ = inputs(4)
+    c = torch.randn(4, 1, 64, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    [w] = model.block_params(params)
+    used = [p for name, p in params.items() if name.startswith(("blocks", "x_embedder"))]
+    compare_compiled(
+        model.block, lambda wrap: (w, wrap(model.embed_patches(params, z)), wrap(c)), used
     )
-    g = torch.Generator().manual_seed(1)
-    dx, c, dc = (
-        torch.randn(*shape, 64, generator=g, dtype=torch.float64)
-        for shape in ((2, 16), (4, 1), (2, 1))
-    )
-    inputs_ = (dx, c, dc) if tangents else (c,)
 
-    def run(block):
-        out = block(model.block_params(params)[0], model.embed_patches(params, z), *inputs_)
-        out = out if tangents else (out,)
-        loss = (out[0] * torch.arange(64)).square().sum()
-        used = [p for name, p in params.items() if name.startswith(("blocks", "x_embedder"))]
-        return [*out, *torch.autograd.grad(loss, used)]
 
-    for got, want in zip(run(torch.compile(block, fullgraph=True, dynamic=False)), run(block)):
-        close(got, want)
+@pytest.mark.slow  # compiles
+def test_a_compiled_module_is_the_eager_one():
+    torch.manual_seed(0)
+    module = torch.nn.TransformerEncoderLayer(8, 2, 16, 0.0, batch_first=True).double()
+    x = torch.randn(3, 5, 8, dtype=torch.float64)
+    compare_compiled(module, lambda wrap: (wrap(x),), [*module.parameters()])

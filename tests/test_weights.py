@@ -84,7 +84,7 @@ def with_sigma(w):
 def in_sits_time(w):
     """Return the weights of SiT's network, v(z, t) = -u(z, 1 - t), by its values at 256 times."""
     t = torch.linspace(-40, 40, 600, dtype=torch.float64)
-    theirs, ours = (model.sinusoids(time)[0][:, 0] for time in (t, 1 - t))
+    theirs, ours = (model.sinusoids(time)[:, 0] for time in (t, 1 - t))
     mixed = torch.linalg.lstsq(theirs, ours, driver="gelsd").solution
     assert (theirs @ mixed - ours).abs().max() < 1e-9
     first = (w[FIRST].double() @ mixed.T).float()
