@@ -29,7 +29,6 @@ for duals; a `jvp` inside of what is compiled works as well.
 
 import contextlib
 import functools
-import inspect
 import math
 import operator
 import re
@@ -224,9 +223,6 @@ def join(shell, y, dy):
 
 def call(shell, function, args, kwargs):
     """Call a function of torch on duals of this shell: by its rule, piece by piece, or at large."""
-    place = INPLACE_AT.get(function, len(args))
-    if place < len(args):
-        args, kwargs = (*args[:place], *args[place + 1 :]), kwargs | {"inplace": args[place]}
     if kwargs.get("out") is not None:
         raise lost(function, "with out= ", "use what it returns")
     rule = write if kwargs.get("inplace") else RULES.get(function)
@@ -761,11 +757,6 @@ for name, derivative in {
 in_place = [name for space in SPACES[:6] for name in dir(space) if re.fullmatch("[a-z].*_", name)]
 in_place = named(" ".join(in_place) + " __setitem__ iadd isub imul itruediv ipow")
 RULES = dict.fromkeys(in_place, write) | RULES | dict.fromkeys(named("requires_grad_"), keep)
-INPLACE_AT = {  # where functions have their argument `inplace`
-    f: list(inspect.signature(f).parameters).index("inplace")
-    for f in vars(F).values()
-    if isinstance(f, types.FunctionType) and "inplace" in inspect.signature(f).parameters
-}
 
 
 # --- what a Traced has of a tensor ---

@@ -5,12 +5,12 @@
     python benchmarks/step.py --size XL/2 --batch 256 --only ours      on a GPU, in bfloat16
     python benchmarks/step.py --derivative --weights runs/digits       ways to get du/dt
 
-A step is loss and backward. Each formulation runs eager and compiled (ours block by block,
-as in train.py; the others as one graph), without guidance and with (kappa = 0.5: null and class
-velocity are both needed; iMF is always guided). GFLOP per image are counted by torch's flop
-counter; a unit is one forward of one image, of iMF with one of its heads. Times are medians, with
-quartiles, of steps that take turns with steps of flow matching, which trains one head of an iMF;
-memory is the peak above what parameters and data take (on a CPU, under Linux only).
+A step is loss and backward. Each formulation runs eager and compiled (ours block by block, as in
+train.py; the others as one graph), without guidance and with (kappa = 0.5: null and class velocity
+are both needed; iMF is always guided). GFLOP per image are counted by torch's flop counter; a unit
+is one forward of one image, of iMF with one of its heads. Times are medians, with quartiles, of
+steps that take turns with steps of flow matching, which trains one head of an iMF; memory is the
+peak above what parameters and data take (on a CPU, under Linux only).
 A formulation that lacks memory, or takes longer than --limit to compile, has a row that says so.
 --profile lists the kernels of a step of each by the time that they take.
 

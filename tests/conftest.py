@@ -24,6 +24,14 @@ def no_gpu(monkeypatch, request):
         monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
 
 
+@pytest.fixture
+def double():
+    torch.set_default_dtype(torch.float64)
+    torch.manual_seed(0)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
 # Most tensors here are small: threads would spend more time waiting than computing.
 torch.set_num_threads(1)
 
