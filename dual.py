@@ -29,6 +29,7 @@ for duals; a `jvp` inside of what is compiled works as well.
 
 import contextlib
 import functools
+import inspect
 import math
 import operator
 import re
@@ -223,6 +224,9 @@ def join(shell, y, dy):
 
 def call(shell, function, args, kwargs):
     """Call a function of torch on duals of this shell: by its rule, piece by piece, or at large."""
+    place = INPLACE_AT.get(function, len(args))
+    if place < len(args):
+        args, kwargs = (*args[:place], *args[place + 1 :]), kwargs | {"inplace": args[place]}
     if kwargs.get("out") is not None:
         raise lost(function, "with out= ", "use what it returns")
     rule = write if kwargs.get("inplace") else RULES.get(function)
@@ -399,6 +403,16 @@ def rule(function):
     return register
 
 
+def first(rule):
+    """Let a rule see only what has a tangent in its first argument and nowhere else."""
+
+    def checked(function, input, *args, **kwargs):
+        if is_dual(input) and not any(map(is_dual, (*args, *kwargs.values()))):
+            return rule(function, input, *args, **kwargs)
+
+    return checked
+
+
 def unpack(args, kwargs):
     return [value_of(a) for a in args], {k: value_of(a) for k, a in kwargs.items()}
 
@@ -454,8 +468,9 @@ def alike(function, *args, **kwargs):
     return function([value_of(a) for a in x], *args, **kwargs), function(dx, *args, **kwargs)
 
 
+@first
 def divide(function, input, other, **kwargs):
-    return None if kwargs or is_dual(other) else alike(function, input, other)
+    return None if kwargs else alike(function, input, other)
 
 
 def add(function, input, other, **kwargs):
@@ -504,10 +519,9 @@ def add_product(function, input, a, b, *, beta=1, alpha=1):
     return y, dy
 
 
+@first
 def affine(function, input, weight, bias=None, *args, **kwargs):
     """A linear map or convolution with constant weights: the bias drops out."""
-    if is_dual(weight) or is_dual(bias):
-        return None
     y = function(input.value, weight, bias, *args, **kwargs)
     return y, function(input.tangent, weight.detach(), None, *args, **kwargs)
 
@@ -515,22 +529,23 @@ def affine(function, input, weight, bias=None, *args, **kwargs):
 def elementwise(derivative):
     """Return the rule of a function of one number. derivative(x, y, dx, ...) -> dy."""
 
-    def rule(function, input, *args, **kwargs):
-        if args:
-            return None
+    @first
+    def rule(function, input, **kwargs):
         y = function(input.value, **kwargs)
         return y, derivative(constant(input), y.detach(), input.tangent, **kwargs)
 
     return rule
 
 
+@first
 def power(function, input, exponent):
-    if not is_dual(input) or not isinstance(exponent, (int, float)):
+    if not isinstance(exponent, (int, float)):
         return None
     dy = exponent * constant(input) ** (exponent - 1) * input.tangent
     return function(input.value, exponent), dy
 
 
+@first
 def pad(function, input, pad, mode="constant", value=None):
     y = function(input.value, pad, mode, value)
     return y, function(input.tangent, pad, mode, 0.0 if mode == "constant" else None)
@@ -544,6 +559,7 @@ def where(function, condition, input=None, other=None):
     return function(condition, x, z), function(condition, dx, dz)
 
 
+@first
 def dropout(function, input, p=0.5, training=True):
     """Value and tangent go through one mask."""
     if not training:
@@ -556,6 +572,7 @@ def dropout(function, input, p=0.5, training=True):
 # and backward mode agree, and the backward pass is one kernel.
 
 
+@first
 def softmax(function, input, dim, *args, **kwargs):
     if dim is None:
         return None
@@ -579,26 +596,23 @@ def layer_norm_jvp(x, dx, shape, eps):
     return backward(dx, x, shape, mean, rstd, None, None, only_dx)[0]
 
 
+@first
 def layer_norm(function, input, normalized_shape, weight=None, bias=None, eps=1e-5, *args):
-    if is_dual(weight) or is_dual(bias):
-        return None
     y = function(input.value, normalized_shape, weight, bias, eps, *args)
     dy = layer_norm_jvp(constant(input), input.tangent, normalized_shape, eps)
     return y, dy if weight is None else dy * weight.detach()
 
 
+@first
 def group_norm(function, input, num_groups, weight=None, bias=None, eps=1e-5, *args):
-    if is_dual(weight) or is_dual(bias):
-        return None
     y = function(input.value, num_groups, weight, bias, eps, *args)
     x, dx = (a.reshape(len(a), num_groups, -1) for a in (constant(input), input.tangent))
     dy = layer_norm_jvp(x, dx, x.shape[2:], eps).view(y.shape)
     return y, dy if weight is None else dy * weight.detach().view(-1, *[1] * (y.ndim - 2))
 
 
+@first
 def rms_norm(function, input, normalized_shape, weight=None, eps=None):
-    if is_dual(weight):
-        return None
     y = function(input.value, normalized_shape, weight, eps)
     x, dims = single(constant(input)), tuple(range(-len(normalized_shape), 0))
     eps = torch.finfo(input.dtype).eps if eps is None else eps
@@ -757,6 +771,11 @@ for name, derivative in {
 in_place = [name for space in SPACES[:6] for name in dir(space) if re.fullmatch("[a-z].*_", name)]
 in_place = named(" ".join(in_place) + " __setitem__ iadd isub imul itruediv ipow")
 RULES = dict.fromkeys(in_place, write) | RULES | dict.fromkeys(named("requires_grad_"), keep)
+INPLACE_AT = {  # which argument `inplace` is, as Dynamo hands it on by position
+    f: [*inspect.signature(f).parameters].index("inplace")
+    for f in vars(F).values()
+    if isinstance(f, types.FunctionType) and "inplace" in inspect.signature(f).parameters
+}
 
 
 # --- what a Traced has of a tensor ---

@@ -915,7 +915,7 @@ OPERATORS = {
     "2 / x": lambda x, p: 2 / x,
     "x < p": lambda x, p: x * (x < p) + x * (p <= x) * 2 + (x > 0) * x,
     "matmul": lambda x, p: torch.matmul(x, p) + torch.matmul(p, x).matmul(x) + p.matmul(p),
-    "in place": lambda x, p: written(x - 1, p),
+    "in place": lambda x, p: written(x - 2, p),
     "rows": lambda x, p: torch.stack([row * 2 for row in x]),
     "dropout": lambda x, p: F.dropout(torch.ones_like(x) * x, 0.5) / x,
     "batch norm": lambda x, p: F.batch_norm(x, p[0] * 1, p[1] * 1, training=True),

@@ -237,10 +237,11 @@ MUTANTS = {
          "running_mean, running_var",
          [test_dual.test_networks_of_others, "convolutions, training"]),
         ("a weight with a tangent is a constant",
-         "    if is_dual(weight) or is_dual(bias):\n        return None\n"
-         "    y = function(input.value, weight, bias, *args",
-         "    weight, bias = value_of(weight), value_of(bias)\n"
-         "    y = function(value_of(input), weight, bias, *args",
+         "return rule(function, input, *args, **kwargs)\n\n    return checked",
+         "return rule(function, input, *args, **kwargs)\n"
+         "        args, kwargs = unpack(args, kwargs)\n"
+         "        return rule(function, input, *args, **kwargs) if is_dual(input) else None\n\n"
+         "    return checked",
          test_dual.test_weights_may_have_tangents),
         ("a norm's weight is forgotten",
          "normalized_shape, eps)\n    return y, dy if weight is None",
@@ -265,6 +266,8 @@ MUTANTS = {
         ("two masks in a graph", "    if torch.compiler.is_compiling():\n        raise lost",
          "    if False:\n        raise lost",
          [test_dual.test_what_cannot_be_compiled_is_refused, test_dual.NOT_COMPILED[3]]),
+        ("inplace by position in a graph", "if place < len(args):", "if False:",
+         [test_dual.test_operators_under_torch_compile, "in place"]),
     ],
     "model": [
         ("sines first in the time embedding", "angles.cos(), angles.sin()",
