@@ -42,28 +42,33 @@ from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
-RUNNING = threading.local()
-
 
 def jvp(f, primals, tangents):
     """Return f(*primals) with its graph, and its derivative along `tangents` without.
 
     primals: tuple of floating tensors, or of nested tuples, lists and dicts of them; tangents: the
-    same, with the same shapes. f returns a tensor or such a nesting, and so does this. What f makes
-    by detach(), item() or float() is a constant, as everywhere in torch. Raises ValueError where
-    primals and tangents differ, NotImplementedError where a tangent would be lost.
+    same, with the same shapes. f gets copies, and returns a tensor or such a nesting, as this does.
+    What f makes by detach(), item() or float() is a constant, as everywhere in torch. Raises
+    TypeError or ValueError if primals, tangents or results are not such tensors, and
+    NotImplementedError where a tangent would be lost.
     """
     if not isinstance(primals, tuple) or not isinstance(tangents, tuple):
         raise TypeError("primals and tangents are tuples: give (x,) for one x")
-    shell = Traced if torch.compiler.is_compiling() else Dual
+    shell = current_shell()
 
     def begin(x, dx):
+        kinds = [
+            f"{a.dtype} {(*a.shape,)}" if isinstance(a, torch.Tensor) else type(a).__name__
+            for a in (x, dx)
+        ]
+        if not (is_real(x) and is_real(dx)):
+            raise TypeError(f"a primal {kinds[0]} with tangent {kinds[1]}: give floating tensors")
+        if x.shape != dx.shape or dx.is_complex() > x.is_complex():
+            raise ValueError(f"a primal {kinds[0]} with tangent {kinds[1]}: they differ")
         if shell is Dual and (torch.is_inference_mode_enabled() or x.is_inference()):
-            raise NotImplementedError("no derivatives in inference_mode: take torch.no_grad()")
-        if not is_real(x) or dx.shape != x.shape:
-            kind = f"{x.dtype} of shape {(*x.shape,)}"
-            raise ValueError(f"a primal {kind} and a tangent of shape {(*dx.shape,)}")
-        return shell(x, like(x, dx.detach().clone()))  # clone: f may write to it
+            raise NotImplementedError("inference_mode has no derivatives: use torch.no_grad()")
+        x = x.clone()
+        return shell(x, like(x, dx.detach()).clone())
 
     def end(y):
         if is_dual(y):
@@ -72,27 +77,38 @@ def jvp(f, primals, tangents):
             raise TypeError(f"dual.jvp of a function that returns a {type(y).__name__}, no tensor")
         return None if y is None else torch.zeros_like(y)
 
-    duals = tree_map(begin, primals, tangents)
     with running() if shell is Dual else contextlib.nullcontext():
-        out = f(*duals)
-    return tree_map(value_of, out), tree_map(end, out)
+        out = f(*tree_map(begin, primals, tangents))
+        return tree_map(value_of, out), tree_map(end, out)
+
+
+def current_shell():
+    return Traced if torch.compiler.is_compiling() else Dual
+
+
+class Run:
+    """The jvp that is running, if any: one at a time, as torch's forward mode has one level."""
+
+    lock = threading.RLock()
+    thread = now = None
 
 
 @contextlib.contextmanager
 def running():
-    """Refuse a jvp inside of another, whose duals it could not tell from its own."""
-    watch_functions()
-    if getattr(RUNNING, "jvp", False):
+    """Run a jvp. Duals of different ones must not meet: none could tell its tangents."""
+    if Run.thread == threading.get_ident():
         raise NotImplementedError("dual.jvp inside of dual.jvp: nest torch.func.jvp instead")
-    RUNNING.jvp = True
-    try:
-        yield
-    except RuntimeError as error:
-        if "TorchScript interpreter" in str(error):  # which says no more of an error of ours
-            raise lost("a script", "", "call the function that it was made of") from error
-        raise
-    finally:
-        RUNNING.jvp = False
+    watch_functions()
+    with Run.lock:
+        Run.thread, Run.now = threading.get_ident(), object()
+        try:
+            yield
+        except RuntimeError as error:
+            if "TorchScript interpreter" in str(error):  # which says no more of an error of ours
+                raise lost("a script", "", "call the function it was made from") from error
+            raise
+        finally:
+            Run.thread = Run.now = None
 
 
 # --- duals ---
@@ -105,8 +121,15 @@ class Dual(torch.Tensor):
     def __new__(cls, value, tangent):
         made = torch.Tensor._make_wrapper_subclass
         self = made(cls, value.shape, dtype=value.dtype, device=value.device)
-        self.value, self.tangent = value, tangent
+        self.value, self._tangent, self.run = value, tangent, Run.now
         return self
+
+    @property
+    def tangent(self):
+        """The tangent; in the backward pass, a checkpoint may ask for it again."""
+        if Run.now not in (None, self.run):
+            raise lost("a dual that was kept from an earlier jvp", "", "detach() what is kept")
+        return self._tangent
 
     def __repr__(self):
         return f"Dual({self.value}, {self.tangent})"
@@ -117,7 +140,7 @@ class Dual(torch.Tensor):
 
     @classmethod
     def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
-        raise lost(function, "inside of torch.tensor, vmap or a script ")
+        raise lost(function, "(reached past torch's functions, as by torch.tensor or vmap) ")
 
 
 class Traced:
@@ -129,7 +152,7 @@ class Traced:
     @classmethod
     def __torch_function__(cls, function, types, args=(), kwargs=None):
         if function is torch.Tensor.matmul and not isinstance(args[0], Traced):
-            # it makes b @ a of a @ b here, without a word, and passes on what is b @ a alike
+            # Dynamo turns a @ b into b @ a here, and passes a true b @ a in the same way
             raise lost(function, "by @ under torch.compile ", "write torch.matmul(a, b)")
         return call(Traced, function, args, kwargs or {})
 
@@ -153,12 +176,13 @@ def set_item(x, key, value):
 
 
 def compile(f, **options):
-    """Return f compiled by torch.compile(f, **options), for duals as for tensors.
+    """Return a function: f compiled by torch.compile(f, fullgraph=True, **options), which takes
+    duals as well as tensors.
 
-    There, write torch.matmul for @, and give cat and stack a list, not a tuple: Dynamo knows what
-    to do with duals in no other form, and says so.
+    For duals, write torch.matmul for @, and give cat and stack a list, not a tuple: Dynamo refuses
+    other forms. In a graph a dual is no instance of torch.Tensor.
     """
-    compiled = torch.compile(f, **options)
+    compiled = torch.compile(f, **{"fullgraph": True} | options)
 
     def run(*args, **kwargs):
         args, kwargs = into(Traced, (args, kwargs))
@@ -223,18 +247,25 @@ def join(shell, y, dy):
 
 
 def call(shell, function, args, kwargs):
-    """Call a function of torch on duals of this shell: by its rule, piece by piece, or at large."""
+    """Call a function of torch on duals: by its rule, by its own Python code, or by `general`."""
     place = INPLACE_AT.get(function, len(args))
     if place < len(args):
         args, kwargs = (*args[:place], *args[place + 1 :]), kwargs | {"inplace": args[place]}
     if kwargs.get("out") is not None:
         raise lost(function, "with out= ", "use what it returns")
-    rule = write if kwargs.get("inplace") else RULES.get(function)
+    if "inplace" in kwargs:
+        kwargs, inplace = dict(kwargs), kwargs["inplace"]
+        del kwargs["inplace"]
+        if inplace:
+            target, *args = args or [kwargs.pop("input")]
+            return overwrite(target, call(shell, function, (target.clone(), *args), kwargs))
+    rule = RULES.get(function)
     if rule is write:
         return write(shell, function, args, kwargs)
-    if "inplace" in kwargs:
-        kwargs = {k: a for k, a in kwargs.items() if k != "inplace"}
-    found = rule and rule(function, *args, **kwargs)
+    try:
+        found = rule and rule(function, *args, **kwargs)
+    except TypeError:  # torch takes more spellings of its arguments than a rule does
+        found = None
     if found:
         return join(shell, *found)
     body = without_check(function) if shell is Dual else None
@@ -254,7 +285,6 @@ CHECKS = dict.fromkeys(
 METHODS_IN_PYTHON = "__rsub__ __rdiv__ __rpow__ __rmod__ pow pow_ split unflatten norm stft istft"
 
 
-@functools.cache
 def without_check(function):
     """Return a function of torch that is written in Python without its check for duals, or None.
 
@@ -275,10 +305,10 @@ def without_check(function):
 
 
 def general(shell, function, args, kwargs):
-    """Value by the function itself, tangent by torch's forward mode."""
+    """Compute the value by the function itself and the tangent by torch's forward mode."""
     leaves, spec = tree_flatten((args, kwargs))
-    values, eager = [value_of(a) for a in leaves], shell is Dual
-    state = random_state(values) if eager else []
+    values, eager = [value_of(a) for a in leaves], not torch.compiler.is_compiling()
+    state = random_state(values)
     tensors = [a for a in values if eager and isinstance(a, torch.Tensor) and not a.is_inference()]
     versions = [a._version for a in tensors]
     outs, out_spec = tree_flatten(invoke(function, values, spec))
@@ -298,6 +328,9 @@ def invoke(function, leaves, spec):
 
 
 def random_state(leaves):
+    """Return the states of all generators that a function may draw from."""
+    if torch.compiler.is_compiling():
+        return []
     found = {torch.default_generator, *(a for a in leaves if isinstance(a, torch.Generator))}
     tensors = [a for a in leaves if isinstance(a, torch.Tensor)]
     found |= {torch.cuda.default_generators[a.get_device()] for a in tensors if a.is_cuda}
@@ -315,28 +348,31 @@ def differentiate(function, leaves, spec, in_place=False):
     Or that of a copy of the first argument, which the function writes to. The tangents of views of
     the value are views of the tangent.
     """
-    # MATH: the only kernel of attention that has a forward mode
-    with sdpa_kernel(SDPBackend.MATH), forward_ad.dual_level():
-        inputs = [constant(a) for a in leaves]
-        for i, a in enumerate(leaves):
-            if is_dual(a):
-                inputs[i] = forward_ad.make_dual(inputs[i], a.tangent)
-        if in_place:
-            inputs[0] = inputs[0].clone()
-        try:
+    try:
+        # MATH: the only kernel of attention that has a forward mode
+        with sdpa_kernel(SDPBackend.MATH), forward_ad.dual_level():
+            inputs = [constant(a) for a in leaves]
+            for i, a in enumerate(leaves):
+                if is_dual(a):
+                    inputs[i] = forward_ad.make_dual(inputs[i], a.tangent)
+            if in_place:
+                inputs[0] = inputs[0].clone()
             out = invoke(function, inputs, spec)
-        except RuntimeError as error:  # NotImplementedError is one
-            raise lost(function, "has no forward mode and ") from error
-        outs = inputs[:1] if in_place else [a for a in tree_leaves(out) if is_real(a)]
-        pairs = [forward_ad.unpack_dual(a) for a in outs]
-        custom = type(function).__module__ == "torch._ops"  # these say nothing if they have none
-        if custom and all(dy is None for _, dy in pairs):
-            raise lost(function, "has no forward mode and ")
-        return [torch.zeros_like(y) if dy is None else dy for y, dy in pairs]
+            outs = inputs[:1] if in_place else [a for a in tree_leaves(out) if is_real(a)]
+            pairs = [forward_ad.unpack_dual(a) for a in outs]
+    except RuntimeError as error:  # NotImplementedError is one
+        raise lost(function, "has no forward mode and ") from error
+    custom = type(function).__module__ == "torch._ops"  # these give none if they have none
+    if custom and all(dy is None for _, dy in pairs):
+        raise lost(function, "has no forward mode and ")
+    return [torch.zeros_like(y) if dy is None else dy for y, dy in pairs]
 
 
 def write(shell, function, args, kwargs):
     """Write in place to the value and to the tangent of the first argument."""
+    if not args:
+        kwargs = dict(kwargs)
+        args = (kwargs.pop("input"),)
     leaves, spec = tree_flatten((args, kwargs))
     target, values = leaves[0], [value_of(a) for a in leaves]
     if is_real(target) and not is_dual(target):
@@ -344,35 +380,49 @@ def write(shell, function, args, kwargs):
         raise lost(function, "into a tensor that has no tangent ", hint)
     if not is_dual(target):
         return invoke(function, values, spec)
-    state = random_state(values) if shell is Dual else []
+    state, before = random_state(values), layout(target.value)
     [tangent] = differentiate(function, leaves, spec, in_place=True)
     restore(state)
     out = invoke(function, values, spec)
-    if target.tangent.shape != tangent.shape:  # squeeze_() and its like
+    if layout(target.value) == before:
+        target.tangent.copy_(tangent)
+    else:  # t_(), squeeze_() and their like write nothing
         invoke(function, [target.tangent, *values[1:]], spec)
-    target.tangent.copy_(tangent)
     return None if out is None else target
+
+
+def overwrite(target, new):
+    target.value.copy_(new.value)
+    target.tangent.copy_(new.tangent)
+    return target
+
+
+def layout(x):
+    return x.shape, x.stride()
 
 
 @functools.cache
 def watch_functions():
     """Let autograd.Function.apply ask for a jvp where it is given duals.
 
-    Its own code would run the forward on them without a graph and return a value that has no
-    gradient. It stays so after the jvp, as a checkpoint calls functions in the backward pass.
+    Its own code would run the forward on them without a graph, and the value would have no
+    gradient. This stays after the jvp, since a checkpoint calls functions in the backward pass.
     """
     original = torch.autograd.Function.apply.__func__
 
     @functools.wraps(original)
     def apply(cls, *args, **kwargs):
-        if not any(isinstance(a, Dual) for a in tree_leaves((args, kwargs))):
-            return original(cls, *args, **kwargs)
+        if not any(map(is_dual, tree_leaves((args, kwargs)))):
+            out = original(cls, *args, **kwargs)
+            if any(map(is_dual, tree_leaves(out))):
+                raise lost(cls, "on a dual that is none of its arguments ", "give it as one")
+            return out
         if cls in RULES:
-            return join(Dual, *RULES[cls](cls.apply, *args, **kwargs))
+            return join(current_shell(), *RULES[cls](cls.apply, *args, **kwargs))
         if cls.jvp is torch.autograd.Function.jvp:
             hint = "write its jvp, or a dual.rule; give a checkpoint use_reentrant=False"
             raise lost(cls, "(an autograd.Function without jvp) ", hint)
-        return general(Dual, cls.apply, args, kwargs)
+        return general(current_shell(), cls.apply, args, kwargs)
 
     torch.autograd.Function.apply = classmethod(apply)
 
@@ -394,8 +444,7 @@ def rule(function):
         @functools.wraps(function)
         def either(*args, **kwargs):
             if any(is_dual(a) for a in tree_leaves((args, kwargs))):
-                shell = Traced if torch.compiler.is_compiling() else Dual
-                return call(shell, function, args, kwargs)
+                return call(current_shell(), function, args, kwargs)
             return function(*args, **kwargs)
 
         return either
@@ -403,8 +452,8 @@ def rule(function):
     return register
 
 
-def first(rule):
-    """Let a rule see only what has a tangent in its first argument and nowhere else."""
+def only_first(rule):
+    """Let a rule see only duals in the first argument and nowhere else."""
 
     def checked(function, input, *args, **kwargs):
         if is_dual(input) and not any(map(is_dual, (*args, *kwargs.values()))):
@@ -413,8 +462,9 @@ def first(rule):
     return checked
 
 
-def unpack(args, kwargs):
-    return [value_of(a) for a in args], {k: value_of(a) for k, a in kwargs.items()}
+def unpack(args, kwargs, each=None):
+    each = each or value_of
+    return [each(a) for a in args], {k: each(a) for k, a in kwargs.items()}
 
 
 def plain(function, *args, **kwargs):
@@ -429,8 +479,12 @@ def fresh(function, *args, **kwargs):
     return y, torch.zeros_like(y) if is_real(y) else None
 
 
-def leak(function, *args, **kwargs):
+def refuse(function, *args, **kwargs):
     raise lost(function)
+
+
+def identity(function, *args):
+    return function(*map(value_of, args)), tuple([split(a)[1] for a in args])
 
 
 def random(function, *args, **kwargs):
@@ -443,7 +497,7 @@ def multi_head_attention(function, *args, training=True, **kwargs):
     return random(function) if training and args[10] > 0 else None  # the probability of dropout
 
 
-def keep(function, input, *args, **kwargs):
+def requires_grad(function, input, *args, **kwargs):
     function(input.value, *args, **kwargs)
     return input, None
 
@@ -459,16 +513,21 @@ def alike(function, *args, **kwargs):
     """
     if not args:
         return None
-    x, (args, kwargs) = args[0], unpack(args[1:], kwargs)
-    if is_dual(x):
-        return function(x.value, *args, **kwargs), function(x.tangent, *args, **kwargs)
-    if isinstance(x, torch.Tensor):
-        return function(x, *args, **kwargs), None
-    dx = [a.tangent if is_dual(a) else torch.zeros_like(a) for a in x]
-    return function([value_of(a) for a in x], *args, **kwargs), function(dx, *args, **kwargs)
+    x, *args = args
+    if isinstance(x, (tuple, list)):
+        dx = [a.tangent if is_dual(a) else torch.zeros_like(a) for a in x]
+        x = [value_of(a) for a in x]
+    else:
+        x, dx = split(x)
+    args, kwargs = unpack(args, kwargs)
+    y = function(x, *args, **kwargs)
+    if dx is None:
+        return y, None
+    args, kwargs = unpack(args, kwargs, constant)
+    return y, function(dx, *args, **kwargs)
 
 
-@first
+@only_first
 def divide(function, input, other, **kwargs):
     return None if kwargs else alike(function, input, other)
 
@@ -486,19 +545,19 @@ def subtract_from(function, input, other, *, alpha=1):
     return None if alpha != 1 else add(operator.sub, other, input)
 
 
-def product_rule(function, *args, **kwargs):
+def product_rule(function, *args):
     """Return the sum over the arguments of the function with one replaced by its tangent."""
     terms, fixed = [], [constant(a) for a in args]
     for i, a in enumerate(args):
         if is_dual(a):
-            terms.append(function(*fixed[:i], a.tangent, *fixed[i + 1 :], **kwargs))
+            terms.append(function(*fixed[:i], a.tangent, *fixed[i + 1 :]))
     return functools.reduce(torch.add, terms) if terms else None
 
 
 def product(function, *args, **kwargs):
-    if any(map(is_dual, kwargs.values())):
+    if kwargs:
         return None
-    return function(*map(value_of, args), **kwargs), product_rule(function, *args, **kwargs)
+    return function(*map(value_of, args)), product_rule(function, *args)
 
 
 def einsum(function, equation, *operands):
@@ -519,7 +578,7 @@ def add_product(function, input, a, b, *, beta=1, alpha=1):
     return y, dy
 
 
-@first
+@only_first
 def affine(function, input, weight, bias=None, *args, **kwargs):
     """A linear map or convolution with constant weights: the bias drops out."""
     y = function(input.value, weight, bias, *args, **kwargs)
@@ -529,23 +588,25 @@ def affine(function, input, weight, bias=None, *args, **kwargs):
 def elementwise(derivative):
     """Return the rule of a function of one number. derivative(x, y, dx, ...) -> dy."""
 
-    @first
+    @only_first
     def rule(function, input, **kwargs):
+        if input.is_complex():
+            return None
         y = function(input.value, **kwargs)
         return y, derivative(constant(input), y.detach(), input.tangent, **kwargs)
 
     return rule
 
 
-@first
+@only_first
 def power(function, input, exponent):
-    if not isinstance(exponent, (int, float)):
+    if not isinstance(exponent, (int, float)) or exponent == 0:
         return None
     dy = exponent * constant(input) ** (exponent - 1) * input.tangent
     return function(input.value, exponent), dy
 
 
-@first
+@only_first
 def pad(function, input, pad, mode="constant", value=None):
     y = function(input.value, pad, mode, value)
     return y, function(input.tangent, pad, mode, 0.0 if mode == "constant" else None)
@@ -559,10 +620,10 @@ def where(function, condition, input=None, other=None):
     return function(condition, x, z), function(condition, dx, dz)
 
 
-@first
+@only_first
 def dropout(function, input, p=0.5, training=True):
     """Value and tangent go through one mask."""
-    if not training:
+    if not training or p == 0:  # then torch returns the input itself
         return alike(function, input, p, training)
     mask = function(torch.ones_like(constant(input)), p, training)
     return input.value * mask, input.tangent * mask
@@ -572,7 +633,7 @@ def dropout(function, input, p=0.5, training=True):
 # and backward mode agree, and the backward pass is one kernel.
 
 
-@first
+@only_first
 def softmax(function, input, dim, *args, **kwargs):
     if dim is None:
         return None
@@ -596,40 +657,76 @@ def layer_norm_jvp(x, dx, shape, eps):
     return backward(dx, x, shape, mean, rstd, None, None, only_dx)[0]
 
 
-@first
+@only_first
 def layer_norm(function, input, normalized_shape, weight=None, bias=None, eps=1e-5, *args):
     y = function(input.value, normalized_shape, weight, bias, eps, *args)
     dy = layer_norm_jvp(constant(input), input.tangent, normalized_shape, eps)
     return y, dy if weight is None else dy * weight.detach()
 
 
-@first
+@only_first
 def group_norm(function, input, num_groups, weight=None, bias=None, eps=1e-5, *args):
     y = function(input.value, num_groups, weight, bias, eps, *args)
-    x, dx = (a.reshape(len(a), num_groups, -1) for a in (constant(input), input.tangent))
+    x, dx = constant(input), input.tangent
+    x, dx = (a.unflatten(1, (num_groups, -1)).flatten(2) for a in (x, dx))
     dy = layer_norm_jvp(x, dx, x.shape[2:], eps).view(y.shape)
     return y, dy if weight is None else dy * weight.detach().view(-1, *[1] * (y.ndim - 2))
 
 
-@first
-def rms_norm(function, input, normalized_shape, weight=None, eps=None):
-    y = function(input.value, normalized_shape, weight, eps)
-    x, dims = single(constant(input)), tuple(range(-len(normalized_shape), 0))
-    eps = torch.finfo(input.dtype).eps if eps is None else eps
+def norm_jvp(x, dx, dims, eps, centre):
+    """Remove from dx its mean and its part along the output n, then divide it as x is divided."""
+    x = single(x)
+    if centre:
+        x, dx = x - x.mean(dims, keepdim=True), dx - dx.mean(dims, keepdim=True)
     scale = (x.square().mean(dims, keepdim=True) + eps).rsqrt()
     n = x * scale
-    dy = (input.tangent - n * (n * input.tangent).mean(dims, keepdim=True)) * scale
+    return (dx - n * (n * dx).mean(dims, keepdim=True)) * scale
+
+
+@only_first
+def rms_norm(function, input, normalized_shape, weight=None, eps=None):
+    y = function(input.value, normalized_shape, weight, eps)
+    eps = torch.finfo(single(y).dtype).eps if eps is None else eps
+    dims = tuple(range(-len(normalized_shape), 0))
+    dy = norm_jvp(constant(input), input.tangent, dims, eps, centre=False)
     return y, dy if weight is None else dy * weight.detach()
 
 
-def batch_norm(function, input, running_mean=None, running_var=None, *args, **kwargs):
+@only_first
+def batch_norm(
+    function, input, running_mean, running_var, weight=None, bias=None, training=False, *args, **kw
+):
     """The running mean and variance are written once, by the value."""
-    if running_mean is None or is_dual(running_mean) or is_dual(running_var):
-        return None
-    y, _ = plain(function, input, running_mean, running_var, *args, **kwargs)
-    copies = running_mean.clone(), running_var.clone()
-    leaves, spec = tree_flatten(((input, *copies, *args), kwargs))
-    return y, differentiate(function, leaves, spec)[0]
+    y = function(input.value, running_mean, running_var, weight, bias, training, *args, **kw)
+    dims = [0, *range(2, y.ndim)] if training or running_var is None else None
+    return y, channel_norm_jvp(input, running_var, weight, dims, *args, **kw)
+
+
+@only_first
+def instance_norm(
+    function,
+    input,
+    running_mean=None,
+    running_var=None,
+    weight=None,
+    bias=None,
+    use_input_stats=True,
+    *args,
+    **kw,
+):
+    y = function(input.value, running_mean, running_var, weight, bias, use_input_stats, *args, **kw)
+    dims = [*range(2, y.ndim)] if use_input_stats or running_var is None else None
+    return y, channel_norm_jvp(input, running_var, weight, dims, *args, **kw)
+
+
+def channel_norm_jvp(input, running_var, weight, dims, momentum=0.1, eps=1e-5):
+    """Differentiate a norm with the statistics over dims, or else with the running ones."""
+    shape, dx = (-1, *[1] * (input.ndim - 2)), input.tangent
+    if dims:
+        dy = norm_jvp(constant(input), dx, dims, eps, centre=True)
+    else:
+        dy = dx * (running_var.detach() + eps).rsqrt().view(shape)
+    return dy if weight is None else dy * weight.detach().view(shape)
 
 
 def attention(
@@ -644,12 +741,12 @@ def attention(
     enable_gqa=False,
 ):
     """softmax(scale q k + mask) v, whose value may use any kernel."""
-    if is_dual(attn_mask):
-        return None
-    if dropout_p > 0:
+    if dropout_p > 0 and (attn_mask is None or not is_causal):  # both together are an error
         return split(
             plain_attention(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
         )
+    if is_dual(attn_mask):
+        return None
     options = dict(is_causal=is_causal, scale=scale, enable_gqa=enable_gqa)
     y = function(*map(value_of, (query, key, value)), attn_mask, **options)
     if enable_gqa:
@@ -714,13 +811,11 @@ FACTS = properties(
 )
 VIEWS = properties("T mT H mH real imag")
 PROPERTIES = FACTS | VIEWS | properties("data")
-RULES = dict.fromkeys(FACTS.values(), plain) | dict.fromkeys(VIEWS.values(), alike)
-RULES |= {PROPERTIES["data"]: detach, torch.Tensor.data.__set__: leak}
-for names, its_rule in {
+BY_NAME = {
     "size dim ndimension numel nelement stride is_contiguous is_floating_point is_complex __len__ "
     "get_device eq ne lt le gt ge isnan isinf isfinite argmax argmin": plain,
-    "zeros_like ones_like empty_like full_like rand_like randn_like new_zeros new_ones new_empty "
-    "new_full": fresh,
+    "zeros_like ones_like empty_like full_like rand_like randn_like new new_zeros new_ones "
+    "new_empty new_full": fresh,
     "sum mean cumsum neg clone contiguous to float double half bfloat16 cpu cuda view reshape "
     "flatten unflatten squeeze unsqueeze transpose permute movedim swapaxes t chunk split unbind "
     "tensor_split narrow select expand broadcast_to unfold diagonal tril triu flip roll repeat "
@@ -739,39 +834,48 @@ for names, its_rule in {
     "linear conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d": affine,
     "pad": pad,
     "dropout dropout1d dropout2d dropout3d": dropout,
+    "silu": elementwise(lambda x, y, dx: torch.ops.aten.silu_backward(dx, x)),
+    "gelu": elementwise(lambda x, y, dx, **kind: torch.ops.aten.gelu_backward(dx, x, **kind)),
+    "relu": elementwise(lambda x, y, dx: torch.ops.aten.threshold_backward(dx, y, 0)),
+    "tanh": elementwise(lambda x, y, dx: dx * (1 - y * y)),
+    "sigmoid": elementwise(lambda x, y, dx: dx * y * (1 - y)),
+    "exp": elementwise(lambda x, y, dx: dx * y),
+    "sin": elementwise(lambda x, y, dx: dx * x.cos()),
+    "cos": elementwise(lambda x, y, dx: -dx * x.sin()),
+    "square": elementwise(lambda x, y, dx: 2 * dx * x),
+    "sqrt": elementwise(lambda x, y, dx: dx / (2 * y)),
+    "rsqrt": elementwise(lambda x, y, dx: -0.5 * dx * y**3),
+    "reciprocal": elementwise(lambda x, y, dx: -dx * y * y),
     "softmax": softmax,
     "layer_norm": layer_norm,
     "group_norm": group_norm,
     "rms_norm": rms_norm,
     "scaled_dot_product_attention": attention,
     "multi_head_attention_forward": multi_head_attention,
-    "alpha_dropout feature_alpha_dropout rrelu gumbel_softmax": random,
+    "alpha_dropout feature_alpha_dropout feature_dropout native_dropout rrelu "
+    "gumbel_softmax": random,
     "detach": detach,
-    "numpy __array__ __dlpack__ data_ptr untyped_storage storage resize_ set_ apply_ map_ "
-    "__deepcopy__ __reduce_ex__ _make_dual _unpack_dual": leak,  # reach memory, or copy objects
-}.items():
-    RULES |= dict.fromkeys(named(names), its_rule)
-RULES |= {torch.where: where, F.batch_norm: batch_norm, F.instance_norm: batch_norm}
-for name, derivative in {
-    "silu": lambda x, y, dx: torch.ops.aten.silu_backward(dx, x),
-    "gelu": lambda x, y, dx, **kind: torch.ops.aten.gelu_backward(dx, x, **kind),
-    "relu": lambda x, y, dx: dx * (y > 0),
-    "tanh": lambda x, y, dx: dx * (1 - y * y),
-    "sigmoid": lambda x, y, dx: dx * y * (1 - y),
-    "exp": lambda x, y, dx: dx * y,
-    "sin": lambda x, y, dx: dx * x.cos(),
-    "cos": lambda x, y, dx: -dx * x.sin(),
-    "square": lambda x, y, dx: 2 * dx * x,
-    "sqrt": lambda x, y, dx: dx / (2 * y),
-    "rsqrt": lambda x, y, dx: -0.5 * dx * y**3,
-    "reciprocal": lambda x, y, dx: -dx * y * y,
-}.items():
-    RULES |= dict.fromkeys(named(name), elementwise(derivative))
+    "requires_grad_": requires_grad,
+    # what reaches memory, copies objects, or has no derivative but says nothing
+    "numpy __array__ __dlpack__ data_ptr untyped_storage storage resize_ set_ apply_ map_ tensor "
+    "__deepcopy__ __reduce_ex__ _make_dual _unpack_dual linspace logspace": refuse,
+}
 
-in_place = [name for space in SPACES[:6] for name in dir(space) if re.fullmatch("[a-z].*_", name)]
-in_place = named(" ".join(in_place) + " __setitem__ iadd isub imul itruediv ipow")
-RULES = dict.fromkeys(in_place, write) | RULES | dict.fromkeys(named("requires_grad_"), keep)
-INPLACE_AT = {  # which argument `inplace` is, as Dynamo hands it on by position
+
+def in_place():
+    """Return the functions of torch that write to their first argument."""
+    names = (name for space in SPACES[:6] for name in dir(space))
+    names = [name for name in names if re.fullmatch("[a-z].*_", name)]
+    return named(" ".join(names) + " __setitem__ iadd isub imul itruediv ipow")
+
+
+RULES = dict.fromkeys(in_place(), write)
+RULES |= {function: rule for names, rule in BY_NAME.items() for function in named(names)}
+RULES |= dict.fromkeys(FACTS.values(), plain) | dict.fromkeys(VIEWS.values(), alike)
+RULES |= {PROPERTIES["data"]: detach, torch.Tensor.data.__set__: refuse, torch.where: where}
+RULES |= {F.batch_norm: batch_norm, F.instance_norm: instance_norm}
+RULES |= {torch.nn.modules._functions.BackwardHookFunction: identity}  # of hooks on modules
+INPLACE_AT = {  # which argument `inplace` is: Dynamo gives it by position
     f: [*inspect.signature(f).parameters].index("inplace")
     for f in vars(F).values()
     if isinstance(f, types.FunctionType) and "inplace" in inspect.signature(f).parameters
@@ -781,19 +885,20 @@ INPLACE_AT = {  # which argument `inplace` is, as Dynamo hands it on by position
 # --- what a Traced has of a tensor ---
 
 
-def method(name):
-    """Return a method that torch writes in Python, which Dynamo follows only when it is called."""
-    return lambda x, *args, **kwargs: getattr(x, name)(*args, **kwargs)
+def methods():
+    """Return the methods of tensors. Dynamo follows those written in Python only by name."""
+    for name in dir(torch.Tensor):
+        method = getattr(torch.Tensor, name)
+        if isinstance(method, types.FunctionType):
+            by_name = functools.partial(call_method, name)
+            RULES[by_name] = RULES.get(method)
+            yield name, by_name
+        elif callable(method):
+            yield name, method
 
 
-METHODS = {}
-for name in dir(torch.Tensor):
-    function = getattr(torch.Tensor, name)
-    if not name.startswith("__") and callable(function):
-        python = isinstance(function, types.FunctionType)
-        METHODS[name] = method(name) if python else function
-        if python and function in RULES:
-            RULES[METHODS[name]] = RULES[function]
+def call_method(name, x, *args, **kwargs):
+    return getattr(x, name)(*args, **kwargs)
 
 
 def define(name, function, swapped=False):
@@ -803,9 +908,14 @@ def define(name, function, swapped=False):
     setattr(Traced, name, run)
 
 
-for name in "add sub mul truediv pow matmul".split():
-    define(f"__{name}__", getattr(operator, name))
-    define(f"__r{name}__", getattr(operator, name), swapped=True)
-for name in "neg getitem eq ne lt le gt ge iadd isub imul itruediv ipow".split():
-    define(f"__{name}__", getattr(operator, name))
-define("__len__", torch.Tensor.__len__)
+def define_operators():
+    for name in "add sub mul truediv floordiv mod pow matmul".split():
+        define(f"__{name}__", getattr(operator, name))
+        define(f"__r{name}__", getattr(operator, name), swapped=True)
+    for name in "neg pos abs getitem eq ne lt le gt ge iadd isub imul itruediv ipow".split():
+        define(f"__{name}__", getattr(operator, name))
+    define("__len__", torch.Tensor.__len__)
+
+
+METHODS = {name: method for name, method in methods() if not name.startswith("__")}
+define_operators()

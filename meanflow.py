@@ -87,9 +87,9 @@ def evaluate(net, z, t, r, y):
     """Return net(z, t, r, y). Raise ValueError if it has another shape than z."""
     u = net(z, t, r, y)
     for out in tree_leaves(u):
-        if out.shape != z.shape:
-            shapes = f"{(*out.shape,)} for data of shape {(*z.shape,)}"
-            raise ValueError(f"the network returned shape {shapes}")
+        if not hasattr(out, "shape") or out.shape != z.shape:
+            found = f"shape {(*out.shape,)}" if hasattr(out, "shape") else type(out).__name__
+            raise ValueError(f"the network returned {found} for data of shape {(*z.shape,)}")
     return u
 
 
@@ -105,11 +105,16 @@ def replace(y, null, rows):
     """
 
     def one(y, null):
-        shape = null.shape if isinstance(null, torch.Tensor) else y.shape[1:]  # a number fits all
+        is_tensor = isinstance(null, torch.Tensor)
+        shape = null.shape if is_tensor else y.shape[1:]  # a number fits all
         if (len(rows), *shape) != y.shape:
             found = f"a condition of shape {(*y.shape,)} and null of shape {(*shape,)}"
             raise ValueError(f"{found}, for a batch of {len(rows)}")
-        null = null.to(y) if isinstance(null, torch.Tensor) else null
+        kind = null.dtype if is_tensor else type(null)
+        floating = kind is float or is_tensor and null.is_floating_point()
+        if null is None or floating and not y.is_floating_point():
+            raise ValueError(f"a null of {kind} for a condition of {y.dtype}")
+        null = null.to(y) if is_tensor else null
         return torch.where(append_dims(rows, y), null, y).to(y.dtype)
 
     return each(one, y, null)
@@ -180,7 +185,7 @@ def adaptive_loss(u, u_tgt, p, c):
     s = |u - sg(u_tgt)|^2 is summed over all but the batch axis (Eq. 9); the loss is s times
     sg(1 / (s + c)^p) (Sec. 4.3, appendix B). u, u_tgt: (B, ...). The raw error has no gradient.
     """
-    s = (u - u_tgt.detach()).square().flatten(1).sum(1)
+    s = (u - u_tgt.detach()).square().reshape(len(u), -1).sum(1)
     return s / (s.detach() + c) ** p, s.detach()
 
 
@@ -263,7 +268,11 @@ def sample(net, e, y, steps=1):
     float32. Returns (B, ...) in the dtype of e. Raises ValueError for other steps.
     """
     whole = isinstance(steps, numbers.Integral)
-    times = [i / max(steps, 1) for i in range(steps, -1, -1)] if whole else [*map(float, steps)]
+    times = [i / max(steps, 1) for i in range(steps, -1, -1)] if whole else steps
+    try:
+        times = [float(t) for t in times]
+    except TypeError:  # not even a sequence
+        times = []
     decreasing = all(t > r for t, r in pairwise(times))
     if len(times) < 2 or not decreasing or times[0] > 1 or times[-1] < 0:
         raise ValueError(f"steps = {steps}: give an integer >= 1, or decreasing times in [0, 1]")

@@ -425,9 +425,13 @@ def print_head(columns):
     print("|---" * len(columns) + "|", flush=True)
 
 
-def asked(args):
+def asked(args, compiled):
     """Return (guided, key) of each row: flow matching first, never guided, an iMF always."""
     keys = [key for key in NAMES if key in args.only and key != "flow"]
+    if compiled and args.size == "UNet":
+        # torch 2.13 does not compile torch.func.jvp of a group norm, and computes nothing right
+        # after it has failed to.
+        keys = [key for key in keys if key == "ours"]
     guidance = (True,) if is_improved(args.size) else (False, True)
     return [(False, "flow"), *((guided, key) for guided in guidance for key in keys)]
 
@@ -442,7 +446,7 @@ def costs(args, device):
     unit = gigaflop("flow", args.size, False) / 3
     for compiled in (False,) if args.eager else (False, True):
         base = None
-        for guided, key in asked(args):
+        for guided, key in asked(args, compiled):
             count, profile = gigaflop(key, args.size, guided), ""
             cells = [NAMES[key], "yes" if guided else "no", "compiled" if compiled else "eager"]
             cells += [f"{count:.1f}", f"{count / unit:.2f}"]

@@ -5,6 +5,7 @@ Oracles are torch's own database of operators and networks that others wrote.
 
 import copy
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 
 import einops
@@ -436,7 +437,12 @@ def test_nothing_of_the_tangent_is_kept_for_the_backward_pass():
     )
     net, x = nn.Sequential(net, nn.Softmax(1), nn.Linear(8, 8), nn.Mish()), torch.randn(B, 4, 3)
     kept = [0, 0]
-    for k, run in enumerate((lambda: net(x), lambda: dual.jvp(net, (x,), (x,)))):
+    w = torch.randn(8, requires_grad=True)
+
+    def f(x):
+        return net(x) / w + torch.mul(net(x), other=w)
+
+    for k, run in enumerate((lambda: f(x), lambda: dual.jvp(f, (x,), (x,)))):
 
         def count(saved, k=k):
             kept[k] += saved.numel()
@@ -609,6 +615,8 @@ REFUSED = {  # what is done to x, (3, 4), and the function and the way out that 
     ),
     "an operator": (lambda x: operator_without_forward_mode(x), "test_dual|sine.*no forward mode"),
     "a writing operator": (lambda x: operator_that_writes(x * 1), "writes to its arguments"),
+    "linspace": (lambda x: torch.linspace(x[0, 0], x[0, 1], 4), "linspace"),
+    "foreach": (lambda x: torch._foreach_mul_([x * 1], 2.0), "writes to its arguments"),
     "quantised": (lambda x: torch.fake_quantize_per_tensor_affine(x, 0.1, 0, 0, 9), "fake_quant"),
 }
 
@@ -677,7 +685,10 @@ def test_inference_mode_is_refused():
     [
         (lambda x: x, lambda x: x, TypeError),
         (lambda x: (x,), lambda x: (x[0],), ValueError),
-        (lambda x: (x.long(),), lambda x: (x,), ValueError),
+        (lambda x: (x.long(),), lambda x: (x,), TypeError),
+        (lambda x: (x, None), lambda x: (x, x), TypeError),
+        (lambda x: (x,), lambda x: (1.0,), TypeError),
+        (lambda x: (x,), lambda x: (x * 1j,), ValueError),
         (lambda x: (x,), lambda x: (x, x), ValueError),
     ],
 )
@@ -728,6 +739,142 @@ def test_it_is_a_tensor_to_others():
     dual.jvp(f, (x,), (x,))
     assert seen[0] == (True, True, True)
     assert seen[-1] == (torch.Size((3, 4)), torch.float64, "cpu", 2, 3, True)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_norms_in_half_precision(dtype):
+    """The eps that torch takes for rms_norm is that of float32, in which it computes."""
+    eps = torch.finfo(torch.float32).eps
+    x, v = (0.02 * torch.randn(2, 8, 16)).to(dtype), torch.randn(2, 8, 16).to(dtype)
+    for f in (
+        lambda x: F.rms_norm(x, (16,), eps=eps if x.dtype == torch.float64 else None),
+        lambda x: F.layer_norm(x, (16,)),
+        lambda x: F.group_norm(x, 4),
+        lambda x: F.softmax(x, -1),
+    ):
+        got, want = dual.jvp(f, (x,), (v,))[1], func_jvp(f, (x.double(),), (v.double(),))[1]
+        assert got.dtype == dtype
+        assert (got - want).norm() <= 4 * torch.finfo(dtype).eps * want.norm()
+
+
+def test_edges():
+    """Where a closed form would be 0 / 0, or a function of torch returns its own argument."""
+    nothing = nn.Sequential(nn.Dropout(0.0), nn.ReLU(inplace=True))
+
+    def f(x):
+        h = x * 1
+        zero = x - x
+        y = x**0 + zero**0 + zero**1 + torch.relu(-torch.sqrt(zero)) + F.silu(x * 1j).abs()
+        return h + nothing(h), y, F.relu(-zero.abs().log())
+
+    agree(f, torch.randn(B, 4))
+    agree(lambda x: F.group_norm(x, 2), torch.randn(0, 4, 3))
+    agree(lambda x: x.new(x.shape).copy_(x) + x.new_zeros(x.size()), torch.randn(B, 4))
+    agree(lambda x: (x * 1).view(2, 2).t_() + torch.ones(2, 2), torch.randn(2, 2))
+
+    def turned(x):
+        h = x * 1
+        v = h.view(2, 2)
+        v.t_().mul_(torch.arange(4.0).view(2, 2))
+        return h, v
+
+    agree(turned, torch.randn(2, 2))
+
+
+def test_every_spelling_of_arguments():
+    q, w = torch.randn(B, 4), torch.randn(4, 4)
+
+    def f(x):
+        s = F.linear(input=x, weight=w) + torch.mul(input=x, other=2.0) + torch.mul(x, other=x)
+        s = s + torch.cat(tensors=[x, x]).sum(dim=0) + torch.softmax(input=x, dim=-1)
+        s = s + torch.addmm(q, mat1=x, mat2=w, beta=2) + torch.where(x > 0, input=x, other=0.0)
+        s = s + torch.dropout(x, 0.0, train=True) + F.pad(input=x, pad=(0, 0)) + torch.sin(input=x)
+        s = (
+            s
+            + torch.rsub(x, 1.0, alpha=2)
+            + torch.add(x, q, alpha=3)
+            + torch.div(q, other=2 + x * x)
+        )
+        h = x * 1
+        torch.clamp_(min=-0.5, max=0.5, input=h)
+        torch.dropout_(p=0.0, train=True, input=h)
+        return (
+            s,
+            h,
+            F.layer_norm(x, normalized_shape=(4,), bias=q[0]),
+            torch.einsum(x, [0, 1], w, [1, 2]),
+        )
+
+    agree(f, torch.randn(B, 4))
+
+
+def test_primals_are_copies():
+    """Slices of other tensors as well, to whose memory f writes."""
+
+    def f(x):
+        x.swapdims(0, 1).mul_(3)
+        y = x.contiguous()
+        y.mul_(2)
+        torch.hsplit(x, 2)[0].add_(1)
+        return x * 1, y
+
+    whole = torch.randn(6, 8)
+    kept = whole.clone()
+    for x in (whole[2:5, :4], whole[:, ::2], whole[:1].expand(6, 8)):
+        v = torch.randn(x.shape)
+        want = func_jvp(f, (x.clone(),), (v.clone(),))  # which it writes to
+        for a, b in zip(tree_leaves(dual.jvp(f, (x,), (v,))), tree_leaves(want)):
+            close(a, b)
+    assert torch.equal(whole, kept)
+
+
+def test_duals_of_different_runs_do_not_meet():
+    """A module that keeps one from an earlier call would add its tangent to another's."""
+    kept = []
+
+    def f(x):
+        kept.append(x * 2)
+        return x + sum(kept)
+
+    x = torch.randn(3)
+    dual.jvp(f, (x,), (x,))
+    with pytest.raises(NotImplementedError, match="kept from an earlier jvp.*detach"):
+        dual.jvp(f, (x,), (x,))
+
+
+def test_a_function_on_a_dual_that_it_closes_over_is_refused():
+    x, p = torch.randn(3), torch.randn(3, requires_grad=True)
+    with pytest.raises(NotImplementedError, match="CheckpointFunction .*none of its arguments"):
+        dual.jvp(lambda x: checkpoint(lambda p: x * p, p, use_reentrant=True), (x,), (x,))
+
+
+def test_hooks_on_modules():
+    """Their gradients are those of the plain program."""
+    x, seen = torch.randn(B, 4), []
+    net = nn.Sequential(nn.Linear(4, 4), nn.Tanh())
+    net[0].register_full_backward_hook(lambda module, before, after: seen.append(after[0]))
+    net.register_forward_hook(lambda module, args, out: out * 2)
+    for run in (lambda: net(x), lambda: dual.jvp(net, (x,), (x,))[0]):
+        run().square().sum().backward()
+    close(*seen)
+    agree(net, x)
+
+
+def test_functions_that_are_replaced():
+    """The Python of torch is run as it is now."""
+    net, q = nn.MultiheadAttention(4, 2, batch_first=True), torch.randn(2, 3, 4)
+    agree(lambda q: net(q, q, q, need_weights=False)[0], q)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(F, "scaled_dot_product_attention", lambda q, k, v, *_, **__: q * k + v)
+        agree(lambda q: net(q, q, q, need_weights=False)[0], q)
+
+
+def test_threads_take_turns():
+    x, net = torch.randn(64), nn.Sequential(nn.Softplus(), nn.Mish())
+    want = dual.jvp(net, (x,), (x,))[1]
+    with ThreadPoolExecutor(4) as pool:
+        for got in pool.map(lambda _: dual.jvp(net, (x,), (x,))[1], range(40)):
+            close(got, want)
 
 
 # --- programs at random ---
@@ -915,9 +1062,12 @@ OPERATORS = {
     "x < p": lambda x, p: x * (x < p) + x * (p <= x) * 2 + (x > 0) * x,
     "matmul": lambda x, p: torch.matmul(x, p) + torch.matmul(p, x).matmul(x) + p.matmul(p),
     "in place": lambda x, p: written(x - 2, p),
+    "abs x % p": lambda x, p: abs(x - 1) + x % 0.7 + (+x),
     "rows": lambda x, p: torch.stack([row * 2 for row in x]),
-    "dropout": lambda x, p: F.dropout(torch.ones_like(x) * x, 0.5) / x,
-    "batch norm": lambda x, p: F.batch_norm(x, p[0] * 1, p[1] * 1, training=True),
+    "dropout": lambda x, p: F.dropout(x * 1, 0.5, True, True),
+    "attention": lambda x, p: F.scaled_dot_product_attention(x, x, p, x * 2, dropout_p=0.5),
+    "batch norm": lambda x, p: F.batch_norm(x, p[0] * 1, p[1] * 1, p[2], p[0], training=True),
+    "batch norm, eval": lambda x, p: F.batch_norm(x, p[0], p[1], p[2], p[0]),
 }
 
 
@@ -943,6 +1093,9 @@ NOT_COMPILED = [
     lambda x: F.alpha_dropout(x, 0.5, True),
     lambda x: F.rrelu(x, training=True),
     lambda x: MASKED(x, x, x)[0],
+    lambda x: torch.feature_dropout(x, 0.5, True),
+    lambda x: torch.tensor(x),
+    lambda x: torch.tensor([x[0, 0], x[0, 1]]),
     lambda x: torch.zeros(3, 3).copy_(x),
     lambda x: WithoutJvp.apply(x * WEIGHT, x),
 ]

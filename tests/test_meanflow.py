@@ -244,7 +244,19 @@ def test_any_number_of_steps_lands_where_the_ode_does(seed, m, s, steps):
 
 
 @pytest.mark.parametrize(
-    "steps", [0, -1, (1.0,), (0.0, 1.0), (1.0, 1.0), (1.5, 0.0), (1.0, -0.1), (1.0, float("nan"))]
+    "steps",
+    [
+        0,
+        -1,
+        2.0,
+        torch.tensor(2.0),
+        (1.0,),
+        (0.0, 1.0),
+        (1.0, 1.0),
+        (1.5, 0.0),
+        (1.0, -0.1),
+        (1.0, float("nan")),
+    ],
 )
 def test_impossible_steps_are_refused(steps):
     with pytest.raises(ValueError, match="steps"):
@@ -614,14 +626,28 @@ def test_a_null_that_does_not_fit_is_refused(loss, shape):
     assert str(shape) in str(error.value) and str((7, 4, 3)) in str(error.value)
     with pytest.raises(ValueError):
         run(null=(torch.zeros(4, 3),))
+    for null in (0.5, torch.tensor([0.5])[0], None):
+        with pytest.raises(ValueError, match="a null of .* for a condition of torch.int64"):
+            loss(lambda z, t, r, y: z, x, torch.arange(7), d, null=null)
+    with pytest.raises(ValueError, match="returned NoneType for data of shape"):
+        loss(lambda z, t, r, y: None, x, None, d, null=None)
     with pytest.raises(ValueError, match=r"\(1,\) and null of shape \(\), for a batch of 7"):
         loss(lambda z, t, r, y: z, x, y[1][:1], d, null=0)
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_data_may_be_single_numbers(loss):
+    d, x = draws(0, 7, dim=1), randn(5, 7, 1)
+    net = lambda z, t, r, y: z * (2 + t.view_as(z) - r.view_as(z))  # noqa: E731
+    want, _ = loss(lambda z, t, r, y: net(z, t[:, None], r[:, None], y), x, None, d, null=None)
+    got, _ = loss(net, x[:, 0], None, d._replace(e=d.e[:, 0]), null=None)
+    close(got, want)
 
 
 def test_null_takes_the_dtype_of_the_condition():
     """And only in the rows that are marked."""
     y = randn(0, 3, 2), torch.arange(3), torch.ones(3, dtype=torch.bool)
-    null = torch.full((2,), 0.5), torch.tensor(7.0), 0
+    null = torch.full((2,), 0.5), torch.tensor(7, dtype=torch.int32), 0
     new = mf.replace(y, null, torch.tensor([True, False, True]))
     assert [a.dtype for a in new] == [a.dtype for a in y]
     assert (new[0][1] == y[0][1]).all() and (new[0][::2] == 0.5).all()
