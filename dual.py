@@ -104,7 +104,7 @@ def running():
         try:
             yield
         except RuntimeError as error:
-            if "TorchScript interpreter" in str(error):  # which says no more of an error of ours
+            if "TorchScript interpreter" in str(error):  # which drops the text of our error
                 raise lost("a script", "", "call the function it was made from") from error
             raise
         finally:
@@ -144,7 +144,7 @@ class Dual(torch.Tensor):
 
 
 class Traced:
-    """What a Dual is inside of torch.compile, which cannot make subclasses of Tensor."""
+    """Stands for a Dual inside torch.compile, which cannot make subclasses of Tensor."""
 
     def __init__(self, value, tangent):
         self.value, self.tangent = value, tangent
@@ -264,7 +264,9 @@ def call(shell, function, args, kwargs):
         return write(shell, function, args, kwargs)
     try:
         found = rule and rule(function, *args, **kwargs)
-    except TypeError:  # torch takes more spellings of its arguments than a rule does
+    except TypeError:  # torch takes more spellings of its arguments than our rules do
+        if function in OTHERS:
+            raise
         found = None
     if found:
         return join(shell, *found)
@@ -430,6 +432,9 @@ def watch_functions():
 # --- rules: rule(function, *args, **kwargs) -> (value, tangent), or None to leave it to others ---
 
 
+OTHERS = set()  # what users have rules of their own for
+
+
 def rule(function):
     """Register the decorated function as the rule of `function`; see the top of this file.
 
@@ -438,6 +443,7 @@ def rule(function):
 
     def register(derivative):
         RULES[function] = derivative
+        OTHERS.add(function)
         if isinstance(function, type):
             return function
 
@@ -694,39 +700,16 @@ def rms_norm(function, input, normalized_shape, weight=None, eps=None):
 
 @only_first
 def batch_norm(
-    function, input, running_mean, running_var, weight=None, bias=None, training=False, *args, **kw
+    function, input, mean, variance, weight=None, bias=None, training=False, momentum=0.1, eps=1e-5
 ):
     """The running mean and variance are written once, by the value."""
-    y = function(input.value, running_mean, running_var, weight, bias, training, *args, **kw)
-    dims = [0, *range(2, y.ndim)] if training or running_var is None else None
-    return y, channel_norm_jvp(input, running_var, weight, dims, *args, **kw)
-
-
-@only_first
-def instance_norm(
-    function,
-    input,
-    running_mean=None,
-    running_var=None,
-    weight=None,
-    bias=None,
-    use_input_stats=True,
-    *args,
-    **kw,
-):
-    y = function(input.value, running_mean, running_var, weight, bias, use_input_stats, *args, **kw)
-    dims = [*range(2, y.ndim)] if use_input_stats or running_var is None else None
-    return y, channel_norm_jvp(input, running_var, weight, dims, *args, **kw)
-
-
-def channel_norm_jvp(input, running_var, weight, dims, momentum=0.1, eps=1e-5):
-    """Differentiate a norm with the statistics over dims, or else with the running ones."""
-    shape, dx = (-1, *[1] * (input.ndim - 2)), input.tangent
-    if dims:
-        dy = norm_jvp(constant(input), dx, dims, eps, centre=True)
+    y = function(input.value, mean, variance, weight, bias, training, momentum, eps)
+    shape, dx = (-1, *[1] * (y.ndim - 2)), input.tangent
+    if training or variance is None:
+        dy = norm_jvp(constant(input), dx, [0, *range(2, y.ndim)], eps, centre=True)
     else:
-        dy = dx * (running_var.detach() + eps).rsqrt().view(shape)
-    return dy if weight is None else dy * weight.detach().view(shape)
+        dy = dx * (variance.detach() + eps).rsqrt().view(shape)
+    return y, dy if weight is None else dy * weight.detach().view(shape)
 
 
 def attention(
@@ -873,7 +856,7 @@ RULES = dict.fromkeys(in_place(), write)
 RULES |= {function: rule for names, rule in BY_NAME.items() for function in named(names)}
 RULES |= dict.fromkeys(FACTS.values(), plain) | dict.fromkeys(VIEWS.values(), alike)
 RULES |= {PROPERTIES["data"]: detach, torch.Tensor.data.__set__: refuse, torch.where: where}
-RULES |= {F.batch_norm: batch_norm, F.instance_norm: instance_norm}
+RULES |= {F.batch_norm: batch_norm}
 RULES |= {torch.nn.modules._functions.BackwardHookFunction: identity}  # of hooks on modules
 INPLACE_AT = {  # which argument `inplace` is: Dynamo gives it by position
     f: [*inspect.signature(f).parameters].index("inplace")

@@ -230,13 +230,13 @@ def patches():
 
 
 def convolutions(training):
-    """Everything in place that can be, circular padding, norms with running statistics."""
+    """Everything in place that can be, circular padding, a norm with running statistics."""
     net = nn.Sequential(
         nn.Conv2d(3, 16, 3, padding=1),
         nn.BatchNorm2d(16),
         nn.SiLU(inplace=True),
         nn.Conv2d(16, 16, 3, padding=1, groups=4, padding_mode="circular"),
-        nn.InstanceNorm2d(16, affine=True, track_running_stats=True),
+        nn.InstanceNorm2d(16, affine=True),
         nn.Mish(inplace=True),
         nn.GroupNorm(4, 16),
         nn.Dropout2d(0.1, inplace=True),
@@ -951,6 +951,8 @@ def test_a_rule_for_a_function_of_ones_own():
     x = torch.randn(4)
     with pytest.raises(NotImplementedError, match="numpy"):
         dual.jvp(lambda x: torch.from_numpy(np.sin(x.numpy())), (x,), (x,))
+    with pytest.raises(TypeError, match="other"):
+        dual.jvp(lambda x: fast_sine(x, other=3), (x,), (x,))
     u, du = dual.jvp(lambda x: fast_sine(x * 2, k=3) + 1, (x,), (x,))
     close(u, torch.sin(6 * x) + 1)
     close(du, 6 * x * torch.cos(6 * x))
