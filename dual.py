@@ -1,4 +1,4 @@
-"""Forward mode for any network: values with their graph, tangents without, for two forwards.
+"""Forward mode for any network, at the cost of two forwards: values have a graph, tangents none.
 
     value, tangent = dual.jvp(f, primals, tangents)
 
@@ -23,8 +23,8 @@ none, an autograd.Function without jvp, a kernel that reads memory. Add a rule f
         (q, dq), (k, dk) = dual.split(q), dual.split(k)
         return function(q, k, **options), ...  # the value, and its tangent
 
-Under torch.compile a Dual cannot be made. `compile` compiles a function once for tensors and once
-for duals; a `jvp` inside of what is compiled works as well.
+torch.compile cannot make Duals. `compile` compiles a function that then takes tensors and Duals; a
+`jvp` inside compiled code works, too.
 """
 
 import contextlib
@@ -87,7 +87,7 @@ def current_shell():
 
 
 class Run:
-    """The jvp that is running, if any: one at a time, as torch's forward mode has one level."""
+    """The jvp that is running, if any. Threads take turns: torch's forward mode has one level."""
 
     lock = threading.RLock()
     thread = now = None
@@ -95,7 +95,8 @@ class Run:
 
 @contextlib.contextmanager
 def running():
-    """Run a jvp. Duals of different ones must not meet: none could tell its tangents."""
+    """Mark a jvp as running. Duals of two jvps must not mix: their tangents have no common
+    direction."""
     if Run.thread == threading.get_ident():
         raise NotImplementedError("dual.jvp inside of dual.jvp: nest torch.func.jvp instead")
     watch_functions()
@@ -362,9 +363,11 @@ def differentiate(function, leaves, spec, in_place=False):
             out = invoke(function, inputs, spec)
             outs = inputs[:1] if in_place else [a for a in tree_leaves(out) if is_real(a)]
             pairs = [forward_ad.unpack_dual(a) for a in outs]
+    except torch.OutOfMemoryError:
+        raise
     except RuntimeError as error:  # NotImplementedError is one
         raise lost(function, "has no forward mode and ") from error
-    custom = type(function).__module__ == "torch._ops"  # these give none if they have none
+    custom = type(function).__module__ == "torch._ops"  # without a derivative, these say nothing
     if custom and all(dy is None for _, dy in pairs):
         raise lost(function, "has no forward mode and ")
     return [torch.zeros_like(y) if dy is None else dy for y, dy in pairs]
