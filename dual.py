@@ -10,7 +10,7 @@ Why it is cheaper. For y = x w, torch.func.jvp multiplies x w, dx w and x dw, wi
 three products for a linear map or convolution, of which the graph keeps two. Here a weight has no
 tangent, dy = dx w, and nothing of it is kept for the backward pass. The tangent of attention is
 written out, so that the value may use any kernel, where torch.func.jvp runs with one alone.
-Networks of linear maps, convolutions and attention cost 2.0 to 2.3 forwards for 3.0 and more.
+Networks of linear maps, convolutions and attention cost 2.0 to 2.3 forwards instead of 3.0 or more.
 
 How. What is differentiated is a Dual, a tensor that carries its tangent. Every function of torch
 that is given one is looked up in RULES; what has no rule, and is written in Python, calls others
@@ -21,7 +21,7 @@ none, an autograd.Function without jvp, a kernel that reads memory. Add a rule f
     @dual.rule(function)  # a function, or a class of autograd.Function
     def _(function, q, k, **options):  # is given duals and tensors, which dual.split takes apart
         (q, dq), (k, dk) = dual.split(q), dual.split(k)
-        return function(q, k, **options), ...  # the value, and its tangent
+        return function(q, k, **options), ...  # the value, and its tangent: a tensor of its own
 
 torch.compile cannot make Duals. `compile` compiles a function that then takes tensors and Duals; a
 `jvp` inside compiled code works, too.
@@ -435,7 +435,7 @@ def watch_functions():
 # --- rules: rule(function, *args, **kwargs) -> (value, tangent), or None to leave it to others ---
 
 
-OTHERS = set()  # what users have rules of their own for
+OTHERS = set()  # functions with a user's rule
 
 
 def rule(function):
@@ -471,8 +471,7 @@ def only_first(rule):
     return checked
 
 
-def unpack(args, kwargs, each=None):
-    each = each or value_of
+def unpack(args, kwargs, each=value_of):
     return [each(a) for a in args], {k: each(a) for k, a in kwargs.items()}
 
 
@@ -778,10 +777,10 @@ SPACES += (torch.fft, torch.special, torch.linalg, operator)
 
 
 def named(names):
-    """Return what torch, and Python's operators, have under these names.
+    """Return the functions of torch, and Python's operators, that have these names.
 
-    Without functions that wrap another, such as Tensor.pow: under torch.compile these are not found
-    in a dictionary; and they call others, which are.
+    Functions that wrap another, such as Tensor.pow, are left out: torch.compile does not find them
+    in a dictionary. They call others that it does find.
     """
     found = {getattr(space, name, None) for space in SPACES for name in names.split()}
     return {f for f in found if callable(f) and not hasattr(f, "__wrapped__")}

@@ -111,7 +111,7 @@ class Objective(torch.nn.Module):
         self.weights = torch.nn.ParameterList(params.values())  # where DDP finds them
         # One compiled block serves for all: as fast, on a CPU, as one graph of everything, which
         # takes five times as long to compile at depth 12, and longer the deeper it is.
-        compile = partial(dual.compile, fullgraph=True, dynamic=False) if compiled else lambda f: f
+        compile = partial(dual.compile, dynamic=False) if compiled else lambda f: f
         null = sample.count_classes(params)
         if sample.is_imf(params):
             one = dict(block=compile(imf.block))
