@@ -958,12 +958,20 @@ def test_a_rule_for_a_function_of_ones_own():
     x = torch.randn(4)
     with pytest.raises(NotImplementedError, match="numpy"):
         dual.jvp(lambda x: torch.from_numpy(np.sin(x.numpy())), (x,), (x,))
-    with pytest.raises(TypeError, match="other"):
-        dual.jvp(lambda x: fast_sine(x, other=3), (x,), (x,))
     u, du = dual.jvp(lambda x: fast_sine(x * 2, k=3) + 1, (x,), (x,))
     close(u, torch.sin(6 * x) + 1)
     close(du, 6 * x * torch.cos(6 * x))
     assert torch.equal(fast_sine(x), torch.sin(x)) and type(fast_sine(x)) is torch.Tensor
+
+    def cosine(x):
+        return x.cos()
+
+    @dual.rule(cosine)
+    def wrong(function, x):
+        raise TypeError("of the rule")
+
+    with pytest.raises(TypeError, match="of the rule"):
+        dual.jvp(wrong, (x,), (x,))
 
     @dual.rule(WithoutJvp)
     def product(function, a, b):
@@ -977,7 +985,7 @@ def test_a_rule_for_a_function_of_ones_own():
         close(du, (x[None] @ w).detach())
         close(torch.autograd.grad(u.sum(), w)[0], 10 * x[:, None].expand(4, 4))
     finally:
-        del dual.RULES[WithoutJvp], dual.RULES[kernel]
+        del dual.RULES[WithoutJvp], dual.RULES[kernel], dual.RULES[cosine]
 
 
 def test_under_torch_func_grad():
