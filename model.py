@@ -14,12 +14,14 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 EPS = 1e-6  # of LayerNorm
 SINUSOIDS = 256  # width of the time embedding: 128 cosines, 128 sines
 
 SIZES = {  # width, depth, patch (Table 4); train.RECIPES says how each is trained
     "T/2": (64, 4, 2),  # not the paper's: for the 8x8 digits
+    "S/2": (384, 12, 2),  # DiT's
     "B/4": (768, 12, 4),
     "B/2": (768, 12, 2),
     "M/2": (1024, 16, 2),
@@ -242,8 +244,6 @@ def dit(params, z, t, r, y, *, block=block, condition=embed_condition):
 
 
 def main():
-    from torch.utils.flop_counter import FlopCounterMode
-
     print("size  width  depth  patch  parameters  forward of a 4x32x32 latent, 2 x multiply-adds")
     for size, (width, depth, patch) in SIZES.items():
         with torch.device("meta"), FlopCounterMode(display=False) as counter:

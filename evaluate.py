@@ -1,0 +1,497 @@
+"""Scores of checkpoints, or of images: their Fréchet distance from a reference.
+
+    python evaluate.py runs/XL-2 --vae FILE --ref REF.npz --inception FILE            a run's last
+    torchrun --nproc-per-node 8 evaluate.py runs/XL-2 --every --vae FILE --ref REF.npz --out FILE
+    python evaluate.py runs/digits --ref digits --count 1000                          raw pixels
+    python evaluate.py IMAGES --ref REF.npz --inception FILE             images, whoever made them
+    python evaluate.py IMAGES --save-stats REF.npz --inception FILE                make a reference
+
+Prints a line of JSON for each checkpoint, or for IMAGES, with all that the scores depend on. --out
+appends the lines to a file; what is there already is not computed again, so that the same command
+continues one that was stopped. Checkpoints are drawn from as sample.py does.
+
+IMAGES and REF are a folder of images, an .npz with uint8 images (N, H, W, 3) under arr_0, like
+ADM's, pixels that data.py wrote, or digits. REF may hold a mean and a covariance instead, as mu and
+sigma, or ref_mu and ref_sigma. --inception takes pt_inception-2015-12-05-6726825d.pth, or its
+tensors as .safetensors. Without it the features are raw pixels, and the line says so.
+"""
+
+import json
+import math
+import os
+import zipfile
+from collections.abc import Callable
+from contextlib import contextmanager
+from itertools import islice
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from matplotlib.figure import Figure
+from PIL import Image
+
+import fid
+from data import files_below, load_data, prefetch, read_image
+from runtime import (
+    all_gather,
+    append_line,
+    atomic_write,
+    launch,
+    number,
+    parser,
+    read_lines,
+    refuse,
+    say,
+    sha256,
+)
+from sample import add_sampling, choose_labels, draw_images, generate
+from weights import checkpoints, choose_guidance, find_checkpoint, image_shape, open_sampler
+
+REFERENCE = (  # ADM's, for ImageNet 256x256
+    "https://openaipublic.blob.core.windows.net/diffusion/jul-2021/ref_batches/imagenet/256/"
+    "VIRTUAL_imagenet256_labeled.npz"
+)
+
+# --- images and references from files ---
+
+
+@contextmanager
+def readable(path):
+    """Turn any error of decoding an .npz file into a one-line ValueError."""
+    try:
+        yield
+    except Exception as error:  # zipfile, zlib and NumPy raise many types
+        why, hint = (
+            " ".join(str(error).split())[:200],
+            f"give images or an .npz, such as {REFERENCE}",
+        )
+        raise ValueError(f"{path} cannot be read ({why}): {hint}") from None
+
+
+def load_statistics(path):
+    """Return the mean (d,) and covariance (d, d), float64, of an .npz, or None if it has none.
+
+    Raises ValueError unless they are finite, fit each other, and the covariance is symmetric.
+    """
+    with readable(path), zipfile.ZipFile(path), np.load(path) as file:
+        prefix = "ref_" if "ref_mu" in file else ""
+        if f"{prefix}mu" not in file:
+            return None
+        arrays = file[f"{prefix}mu"], file[f"{prefix}sigma"]
+        mu, sigma = (torch.from_numpy(a.astype(np.float64, casting="safe")) for a in arrays)
+    if not mu.numel() or sigma.shape != (*mu.shape, *mu.shape) or mu.ndim > 1:
+        found = f"{tuple(mu.shape)} and {tuple(sigma.shape)}"
+        raise ValueError(f"{path}: mu and sigma are {found}, they should be (d,) and (d, d)")
+    symmetric = (sigma - sigma.T).abs().max() <= 1e-6 * sigma.abs().max()  # false for NaN, inf
+    if not (symmetric and mu.isfinite().all() and sigma.diagonal().min() >= 0):
+        raise ValueError(f"{path}: mu and sigma are not a finite mean and covariance: redo it")
+    return mu, (sigma + sigma.T) / 2
+
+
+def npz_images(path):
+    """Return the number of images in an .npz and a generator of them, (3, H, W) uint8.
+
+    One at a time: as a whole, ADM's 50,000 would take 10 GB of memory in each process.
+    """
+    with readable(path):
+        file = zipfile.ZipFile(path).open("arr_0.npy")
+        if np.lib.format.read_magic(file) != (1, 0):
+            raise ValueError("not the format of plain arrays")
+        (count, *shape), fortran, dtype = np.lib.format.read_array_header_1_0(file)
+    if dtype != np.uint8 or len(shape) != 3 or shape[2] != 3 or fortran:
+        raise ValueError(f"{path}: arr_0 is {dtype} {(count, *shape)}: give uint8 (N, H, W, 3)")
+
+    def images():
+        for i in range(count):
+            with readable(path):
+                values = file.read(math.prod(shape))
+            if len(values) < math.prod(shape):
+                raise ValueError(f"{path} ends after {i} of {count} images: fetch it again")
+            image = torch.frombuffer(bytearray(values), dtype=torch.uint8)
+            yield image.reshape(shape).permute(2, 0, 1)
+
+    return count, images()
+
+
+def load_images(path, count=None, rank=0, world=1):
+    """Return an iterator over the images rank::world, (C, H, W) uint8, of the first `count` or all.
+
+    path: as IMAGES in this file's docstring. Raises ValueError if there are fewer than `count`, or
+    than two.
+    """
+    files = None
+    if path == "digits" or any(Path(path).glob("shard-*.safetensors")):
+        dataset = load_data(path, rank, world)
+        if dataset.kind != "pixels":
+            raise ValueError(f"{path} holds latents: give images or their statistics")
+        total, images = len(dataset.items), iter(dataset.items)
+        if path == "digits":
+            images = (((x + 1) * 127.5).round().byte() for x in images)
+    elif os.path.isdir(path):
+        suffixes = Image.registered_extensions()
+        files = [file for file in files_below(path) if file.suffix.lower() in suffixes]
+        total = len(files)
+    else:
+        total, images = npz_images(path)
+    if total < (count or 2):
+        raise ValueError(f"{path} has {total} images, at least {count or 2} are needed")
+    if files is None:
+        return islice(images, rank, count, world)
+
+    def read(file):
+        return torch.from_numpy(np.array(read_image(file))).permute(2, 0, 1)
+
+    return prefetch(read, files[rank:count:world], depth=256, threads=os.cpu_count())
+
+
+# --- features and their statistics ---
+
+
+def pixels(images):
+    """Return raw pixels as features, (B, C H W) in [-1, 1], of uint8 (B, C, H, W); no logits."""
+    features = images.flatten(1) / 127.5 - 1
+    if features.shape[1] > 20_000:
+        raise ValueError(f"{features.shape[1]:,} pixels are too many features: give --inception")
+    return features, None
+
+
+def load_features(path, device):
+    """Return the features of --inception `path` and a description.
+
+    The features are a function of uint8 images, (B, 1 or 3, H, W), or a list of images of several
+    sizes, that returns (features, logits or None). On a GPU the network is compiled.
+    """
+    if path is None:
+        return pixels, {"features": "raw pixels in [-1, 1]"}
+    params, digest = fid.load_inception(path)
+    params = {name: p.to(device) for name, p in params.items()}
+    compiled = torch.compile(fid.network) if device.type == "cuda" else fid.network
+    about = {
+        "features": "Inception-v3 of 2015-12-05",
+        "inception": digest,
+        "resize": "TensorFlow 1's bilinear, 299 x 299",
+        "precision of features": "float32",
+    }
+
+    def features(images):
+        if torch.is_tensor(images):
+            images = images.expand(-1, 3, -1, -1)
+        return fid.inception(params, images, network=compiled)
+
+    return features, about
+
+
+def gather(state):
+    """Return the statistics of all processes' items, on each of them and on the CPU.
+
+    Means are exchanged, then each process moves its scatter to the common mean: one all-reduce of
+    d x d numbers, and no digit is lost. A process without items has None.
+    """
+    parts = [part for part in all_gather(state and (state[0], state[1].cpu())) if part]
+    if len({len(mean) for _, mean in parts}) > 1:
+        raise ValueError("images have several sizes: give --inception, or images of one size")
+    total, origin = sum(n for n, _ in parts), parts[0][1]
+    mean = origin + sum((m - origin) * (n / total) for n, m in parts)
+    scatter = torch.zeros(len(mean), len(mean), dtype=torch.float64)
+    if state:
+        shift = state[1].cpu() - mean
+        scatter = state[2].cpu() + shift.outer(shift) * state[0]
+    if dist.is_initialized():
+        dist.all_reduce(scatter)
+    return total, mean, scatter
+
+
+def gather_rows(rows):
+    """Return the rows of all processes, (N, ...), in order; this one has those rank::world."""
+    parts = all_gather(rows)
+    whole = rows.new_empty(sum(map(len, parts)), *rows.shape[1:])
+    for rank, part in enumerate(parts):
+        whole[rank :: len(parts)] = part
+    return whole
+
+
+def collect(batches, features, keep_logits=True):
+    """Return the statistics of all processes' batches of uint8 images, and their logits, if any."""
+    state, logits = None, [torch.empty(0, 1008)]
+    for images in batches:
+        values, more = features(images)
+        state = fid.accumulate(state, values)
+        if keep_logits and more is not None:
+            logits.append(more.cpu())
+    return gather(state), gather_rows(torch.cat(logits))
+
+
+def measure(path, features, world, count=None, keep_logits=True, shape=None):
+    """Return what `collect` does for the images of `path`, see `load_images`.
+
+    Raw pixels are compared only between images of one shape: of `shape`, if given.
+    """
+    images = load_images(path, count, world.rank, world.size)
+    seen = {shape} if shape else set()
+
+    def check(shapes):
+        if len(shapes) > 1 and features is pixels:
+            found = " and ".join(map(str, sorted(shapes)[:2]))
+            raise ValueError(f"{path}: images of {found} cannot be compared: give --inception")
+
+    def batches():
+        while part := [image.to(world.device) for image in islice(images, 64)]:
+            here = {tuple(image.shape) for image in part}
+            seen.update(here)
+            check(seen)
+            yield part if len(here) > 1 else torch.stack(part)
+
+    result = collect(batches(), features, keep_logits)
+    check(set().union(*all_gather(seen)))
+    return result
+
+
+class Scorer(NamedTuple):
+    features: Callable  # from `load_features`
+    mean: torch.Tensor  # of the reference's features, (d,), and their covariance, (d, d)
+    covariance: torch.Tensor
+    shape: tuple  # of the images to compare with it
+    about: dict  # what all this is, for a line of scores
+
+
+def load_scorer(ref, inception, shape, world):
+    """Return the Scorer of images of `shape` against `ref`, by the features of --inception.
+
+    An .npz of ADM's has both: the statistics are of the whole data set, the images a few of it.
+    Raises ValueError unless images of `shape` have as many features as the reference.
+    """
+    features, about = load_features(inception, world.device)
+    digest = f", sha256 {sha256(ref)}" if os.path.isfile(ref) else ""
+    if not digest or (known := load_statistics(ref)) is None:
+        state, _ = measure(ref, features, world, keep_logits=False, shape=shape)
+        known, digest = fid.statistics(state), f", {state[0]} images" + digest
+    image = torch.zeros(1, *shape, dtype=torch.uint8, device=world.device)
+    found, wanted = features(image)[0].shape[1], len(known[0])
+    if found != wanted:
+        hint = "give or leave out --inception, or give another reference"
+        raise ValueError(f"{ref} has {wanted} features, images of {shape} have {found}: {hint}")
+    return Scorer(features, *known, shape, about | {"reference": ref + digest})
+
+
+def scores(state, logits, scorer):
+    """Return {"fid", "count"} and, with logits, {"is", "is_std", "is_splits"}."""
+    distance = fid.frechet_distance(*fid.statistics(state), scorer.mean, scorer.covariance)
+    result = {"fid": distance.item(), "count": state[0]}
+    if len(logits):
+        result["is_splits"] = min(10, len(logits))
+        result["is"], result["is_std"] = fid.inception_score(logits, result["is_splits"])
+    return result
+
+
+# --- checkpoints ---
+
+
+class Samples(NamedTuple):
+    """Which samples of a checkpoint are scored."""
+
+    count: int = 50_000
+    classes: list | None = None  # numbers; None: all
+    uniform: bool = False  # classes are drawn; else they take turns
+    steps: int = 1
+    seed: int = 0
+    vae: str | None = None  # the sha256 of the file that decodes them
+
+
+def describe(path, sampler, scorer, samples, device):
+    """Return all that the scores of samples from the checkpoint `path` depend on."""
+    how = "uniform" if samples.uniform else "balanced"
+    how += f", of {','.join(map(str, samples.classes))}" if samples.classes else ""
+    decoder = "float32, convolutions in TF32" if device.type == "cuda" else "float32"
+    return {
+        "count": samples.count,
+        **scorer.about,
+        "steps": samples.steps,
+        "seed": samples.seed,
+        "guidance": list(sampler.guidance) or None,
+        "precision": {"network": "float32", "decoder": sampler.vae and decoder},
+        "classes": how,
+        "weights": f"{path} sha256 {sha256(path)}",
+        "vae": samples.vae,
+    }
+
+
+def score(path, sampler, known, *, scorer, samples, world):
+    """Return the line of scores of the checkpoint `path`, of which each process draws its share.
+
+    known: lines that there are; if one of them is the answer, nothing is drawn.
+    """
+    about = describe(path, sampler, scorer, samples, world.device)
+    for line in known:
+        if all(line.get(key) == value for key, value in about.items()):
+            return line
+    count, classes, uniform, steps, seed, _ = samples
+    labels = choose_labels(count, classes, len(sampler.classes), uniform=uniform, seed=seed)
+    drawn = draw_images(sampler, labels, world, steps=steps, seed=seed)
+    batches = (images for _, images in drawn)
+    return scores(*collect(batches, scorer.features), scorer) | about
+
+
+def score_checkpoints(paths, open_checkpoint, ref, inception, samples, known, world):
+    """Yield the line of scores of each checkpoint; open_checkpoint(path) -> Sampler."""
+    scorer = None
+    for path in paths:
+        sampler = open_checkpoint(path)
+        shape = image_shape(sampler.kind, sampler.shape)
+        scorer = scorer or load_scorer(ref, inception, shape, world)
+        if shape != scorer.shape:
+            hint = "score it in another command"
+            raise ValueError(f"{path} makes images of {shape}, not {scorer.shape}: {hint}")
+        yield score(path, sampler, known, scorer=scorer, samples=samples, world=world)
+
+
+def list_checkpoints(paths, every):
+    """Return the files of weights named: of a run's folder the last save, or every one."""
+    found = []
+    for path in paths:
+        saves = checkpoints(path, "ema").values() if every else []
+        found += saves or [find_checkpoint(path)]
+    return found
+
+
+def report(sampler, dataset):
+    """Print how good samples of the digits are, in one, two and four steps, and real images."""
+    reals, labels = dataset.items.flatten(1), dataset.labels
+
+    def line(name, x, classes, a, b, **options):
+        index, gaps = fid.nearest(x, reals, **options)
+        right = (labels[index] == classes).double().mean()
+        a, b = (fid.statistics(fid.accumulate(None, x)) for x in (a, b))
+        distance = fid.frechet_distance(*a, *b)
+        print(f"{name:13}{right:28.1%}{distance:19.2f}{gaps.median():38.2f}")
+
+    print(f"1,000 samples, {len(reals):,} real images; Fréchet distance of raw pixels in [-1, 1]")
+    print("             nearest real is of the class   Fréchet distance   ", end="")
+    print("median distance to the nearest real")
+    classes = torch.arange(1000) % len(dataset.classes)
+    for steps in (1, 2, 4):
+        x = generate(sampler, classes, steps=steps).clamp(-1, 1).flatten(1).cpu()
+        line(f"{steps} step(s)", x, classes, x, reals)
+    line("real images", reals, labels, reals[::2], reals[1::2], exclude_self=True)
+
+
+def plot(folders, path):
+    """Draw the raw errors and the gradient norm of runs' logs by step, in one picture.
+
+    Of a single run, the raw errors are also shown by quarter of t.
+    """
+    logs = {}
+    for folder in folders:
+        if not Path(folder, "log.jsonl").is_file():
+            raise FileNotFoundError(f"{folder} holds no log.jsonl: give the folder of a run")
+        lines = read_lines(Path(folder, "log.jsonl"))[1:]
+        logs[str(folder)] = [line for line in lines if "grad_norm" in line]
+    names = dict.fromkeys(k for lines in logs.values() for line in lines for k in line)
+    names = [k for k in names if k.startswith("raw_") and not k.endswith("_by_t")] + ["grad_norm"]
+    figure = Figure((4.2 * len(names), 3.4), layout="constrained")
+    for name, axes in zip(names, figure.subplots(1, len(names), squeeze=False)[0]):
+        for label, lines in logs.items():
+            draw_line(axes, lines, lambda line: line.get(name), label if len(logs) > 1 else "mean")
+            for k in range(4 * (len(logs) == 1 and name != "grad_norm")):
+                times = f"t in [{k / 4:g}, {(k + 1) / 4:g}]"
+                draw_line(
+                    axes,
+                    lines,
+                    lambda line: line.get(f"{name}_by_t", 4 * [None])[k],
+                    times,
+                    alpha=0.5,
+                )
+        axes.set(title=name, xlabel="step", yscale="log")
+        axes.legend(fontsize="small")
+    with atomic_write(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=100)
+
+
+def draw_line(axes, lines, value, label, **style):
+    """Draw value(line) by step; where it is missing or not finite, nothing."""
+    steps, values = [line["step"] for line in lines], [value(line) or math.nan for line in lines]
+    axes.plot(steps, values, label=label, marker=".", markersize=3, linewidth=1, **style)
+
+
+# --- the command line ---
+
+
+def parse_arguments(argv):
+    arguments = parser(__doc__)
+    add = arguments.add_argument
+    add("what", nargs="+", help="checkpoints (runs' folders or files of weights), or IMAGES")
+    add("--ref", help="compare with this: images, or an .npz of statistics")
+    add("--inception", help="pt_inception-2015-12-05-6726825d.pth (default: raw pixels)")
+    add("--count", type=number(int, 2), help="samples (default: 50000), or images (default: all)")
+    add("--out", type=Path, help="a file to append the lines to")
+    add("--save-stats", type=Path, help="the .npz to write mean and covariance of IMAGES to")
+    add("--every", action="store_true", help="score every save of a run (default: the last)")
+    add_sampling(add)
+    add("--omega", type=float, help="an iMF's guidance")
+    args = arguments.parse_args(argv)
+    flags, first = vars(args), args.what[0]
+    if is_images(first):
+        only = ("classes", "uniform", "steps", "seed", "vae", "scale", "convention", "interval")
+        only = {name: flags[name] for name in (*only, "omega", "every")}
+        refuse(f"as {first} holds images", **only)
+        if len(args.what) > 1:
+            raise ValueError(f"{first} holds images: score {args.what[1]} in another command")
+    else:
+        refuse(f"as {first} is a checkpoint", save_stats=args.save_stats)
+    if not args.ref and not args.save_stats:
+        raise ValueError("nothing to do: give --ref, or of images --save-stats, or both")
+    if args.save_stats and (args.save_stats.is_dir() or not args.save_stats.parent.is_dir()):
+        raise ValueError(f"--save-stats {args.save_stats}: give a file in a folder that exists")
+    return args
+
+
+def is_images(path):
+    """Return whether `path` is IMAGES, and not a checkpoint."""
+    if os.path.isdir(path):
+        return not (checkpoints(path, "ema") or Path(path, "log.jsonl").exists())
+    return path == "digits" or Path(path).suffix == ".npz"
+
+
+def score_images(path, ref, inception, count, save_stats, world):
+    """Write the statistics of images; return their line of scores against `ref`, or no line."""
+    if ref:
+        shape = tuple(next(load_images(path, 2)).shape)
+        scorer = load_scorer(ref, inception, shape, world)
+        features = scorer.features
+    else:
+        features, _ = load_features(inception, world.device)
+    state, logits = measure(path, features, world, count, keep_logits=bool(ref))
+    if save_stats and world.rank == 0:
+        mean, covariance = fid.statistics(state)
+        with atomic_write(save_stats) as temporary, open(temporary, "wb") as file:
+            np.savez(file, mu=mean.numpy(), sigma=covariance.numpy())
+    return [scores(state, logits, scorer) | scorer.about | {"images": path}] if ref else []
+
+
+def main(argv, world):
+    args = parse_arguments(argv)
+    known = all_gather(read_lines(args.out) if args.out and world.rank == 0 else [])[0]
+    compared = args.ref, args.inception
+
+    def open_checkpoint(path):
+        options = dict(convention=args.convention, steps=samples.steps, scale=args.scale)
+        sampler = open_sampler(path, world.device, vae=args.vae, **options)
+        return choose_guidance(path, sampler, args.omega, args.interval)
+
+    if is_images(args.what[0]):
+        lines = score_images(args.what[0], *compared, args.count, args.save_stats, world)
+    else:
+        steps, seed, count = args.steps or 1, args.seed or 0, args.count or 50_000
+        vae = args.vae and sha256(args.vae)
+        samples = Samples(count, args.classes, args.uniform, steps, seed, vae)
+        paths = list_checkpoints(args.what, args.every)
+        lines = score_checkpoints(paths, open_checkpoint, *compared, samples, known, world)
+    for line in lines:
+        say(json.dumps(line))
+        if args.out and world.rank == 0 and line not in known:
+            append_line(args.out, line)
+
+
+if __name__ == "__main__":
+    launch(main)

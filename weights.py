@@ -1,0 +1,459 @@
+"""Networks as values: a file of weights becomes a Sampler, a network and its loss a Method.
+
+    sampler = load("runs/digits")
+    net = sampler.net(sampler.params, *sampler.guidance)          net(z, t, r, y) -> u
+
+    method = dit_method("T/2", channels=1, classes=10)             what train.fit trains
+
+Ours are safetensors files whose metadata says what they make. `convert` and imf.convert say which
+of others are read; names and shapes decide what a file is.
+"""
+
+import argparse
+import json
+import math
+import os
+import re
+import sys
+import zipfile
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+import dual
+import imf
+import meanflow
+import model
+from model import config, dit, positions, shapes, sinusoids
+from runtime import check_tensors, read_tensors, refuse, save_tensors, say
+from vae import SCALE
+from vae import convert as convert_vae
+from vae import shapes as vae_shapes
+
+KEEP = 2  # saves of a run, in case the last is damaged
+LASTING = 50_000  # steps between averaged weights that are kept for good
+WEIGHTS = "give a run's folder, or .safetensors, .pt or .pth weights of a DiT or iMF"
+VAE = "fetch diffusion_pytorch_model.safetensors of stabilityai/sd-vae-ft-mse from Hugging Face"
+CONVENTIONS = {
+    "repa": "predicts e - x, t = 1 is noise (as REPA's SiT)",
+    "sit": "predicts x - e, t = 1 is data (as SiT)",
+}
+LABELS = "y_embedder.embedding_table.weight"
+OUTPUT = ("final_layer.linear.weight", "final_layer.linear.bias")
+
+
+class Sampler(NamedTuple):
+    params: dict  # {name: tensor}
+    net: Callable  # net(params, *guidance) -> net(z, t, r, y), as meanflow.sample takes it
+    classes: list  # their names, by label
+    kind: str  # what it makes: "pixels" or "latents"
+    shape: tuple  # of a sample: (channels, height, width)
+    guidance: tuple = ()  # what may be chosen when sampling: of an iMF (omega, low, high)
+    shift: float | torch.Tensor = 0.0  # samples are (latents - shift) * scale
+    scale: float | torch.Tensor = SCALE
+    vae: dict | None = None  # decodes latents
+
+
+def image_shape(kind, shape):
+    """Return the shape of the images that samples of this kind and shape become."""
+    channels, height, width = shape
+    return (3, 8 * height, 8 * width) if kind == "latents" else shape
+
+
+# --- reading ---
+
+
+def checkpoints(folder, kind):
+    """Return {step: path} of the files KIND-STEP.safetensors in a run's folder, newest last."""
+    paths = Path(folder).glob(f"{kind}-{'[0-9]' * 8}.safetensors")
+    return {int(path.stem[-8:]): path for path in sorted(paths)}
+
+
+def checkpoint(folder, kind, step):
+    return folder / f"{kind}-{step:08}.safetensors"
+
+
+def newest(folder):
+    """Return the last step of which a run's folder holds both files, or 0."""
+    ema, state = (checkpoints(folder, kind) for kind in ("ema", "state"))
+    return max(ema.keys() & state.keys(), default=0)
+
+
+def find_checkpoint(path):
+    """Return the file named, or the newest ema-STEP.safetensors of the run's folder named."""
+    if not os.path.isdir(path):
+        return Path(path)
+    if files := checkpoints(path, "ema"):
+        return list(files.values())[-1]
+    how = f"train one with python train.py --out {path}"
+    raise FileNotFoundError(f"{path} holds no ema-STEP.safetensors: {how}")
+
+
+def read_weights(path):
+    """Return the tensors, {name: tensor}, and metadata, {key: str}, of a file of weights.
+
+    A safetensors file, or a pickle, in which code is refused and averaged weights are preferred.
+    The prefixes of DDP and torch.compile are removed. Raises ValueError or FileNotFoundError.
+    """
+    if Path(path).suffix == ".safetensors" or not Path(path).is_file():
+        tensors, metadata = read_tensors(path, WEIGHTS)
+    else:
+        try:
+            with torch.serialization.safe_globals([argparse.Namespace]):  # in DiT's and SiT's files
+                options = dict(map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+                tensors = torch.load(path, **options)
+            for key in ("ema", "model", "state_dict"):
+                tensors = tensors[key] if isinstance(tensors.get(key), dict) else tensors
+            tensors = {name: p for name, p in tensors.items() if torch.is_tensor(p)}
+        except Exception as error:  # of many types, some with pages of text
+            why = f"cannot be read as tensors without code ({type(error).__name__})"
+            raise ValueError(f"{path} {why}: {WEIGHTS}") from None
+        metadata = {}
+    return {re.sub(r"\b(module|_orig_mod)\.", "", name): p for name, p in tensors.items()}, metadata
+
+
+def rename(tensors):
+    """Return the parameters among `tensors`, which have others' names, under ours.
+
+    `r_embedder` is another name of `h_embedder`, early files of REPA count `decoder_blocks` anew.
+    Fixed positions, and REPA's projectors, which serve its training, are left out.
+    """
+    encoder_depth = sum(bool(re.match(r"blocks\.\d+\.attn\.qkv\.weight", k)) for k in tensors)
+
+    def block(match):
+        return f"blocks.{int(match[1]) + encoder_depth}."
+
+    params = {}
+    for name, p in tensors.items():
+        name = re.sub("^r_embedder", "h_embedder", name)
+        name = re.sub(r"^decoder_blocks\.(\d+)\.", block, name)
+        if not re.match(r"pos_embed$|projectors\.", name):
+            params[name] = p
+    return params
+
+
+def check_positions(path, found, width):
+    """Raise ValueError unless these are DiT's fixed positions, (1, N, width)."""
+    rows = math.isqrt(found.numel() // width)
+    fixed = positions(width, rows, rows, found.double())[None]
+    if found.shape != fixed.shape or not torch.allclose(found.double(), fixed, atol=1e-3):
+        raise ValueError(f"{path}: pos_embed is not DiT's fixed positions: {WEIGHTS}")
+
+
+def is_imf(tensors):
+    return any("shared_blocks." in name for name in tensors)
+
+
+def is_velocity(params):
+    """Return whether nothing tells a DiT the duration t - r."""
+    return not any(name.startswith("h_embedder") or "shared_blocks." in name for name in params)
+
+
+def imf_params(tensors):
+    """Return an iMF's parameters and the shapes, {name: shape}, that they should have."""
+    params = imf.convert(tensors)
+    return params, imf.shapes(imf.config(params))
+
+
+def dit_params(tensors):
+    """Return a DiT's parameters and the shapes, {name: shape}, that they should have."""
+    params = rename(tensors)
+    architecture = config(params)
+    outputs = architecture.patch**2 * architecture.channels
+    for name in OUTPUT:
+        if name in params and params[name].shape[:1] == (2 * outputs,):
+            params[name] = torch.cat(params[name].split(architecture.channels)[::2])  # p q 2 (c ..)
+    wanted = shapes(architecture)
+    if is_velocity(params):
+        wanted = {k: shape for k, shape in wanted.items() if not k.startswith("h_embedder")}
+    return params, wanted
+
+
+def convert(path, tensors, convention=None):
+    """Return our parameters from tensors with the names of DiT, its descendants or an iMF.
+
+    Of eight output channels the first four are kept. A DiT without an embedding of t - r predicts a
+    velocity, in one of CONVENTIONS, and what is returned has no `h_embedder`. Raises ValueError for
+    anything else.
+    """
+    try:
+        params, wanted = (imf_params if is_imf(tensors) else dit_params)(tensors)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}: {WEIGHTS}") from None
+    check_tensors(path, params, wanted, WEIGHTS)
+    if "pos_embed" in tensors:
+        check_positions(path, tensors["pos_embed"], config(params).width)
+
+    is_repa = any(name.startswith("projectors.") for name in tensors)
+    if convention and not is_velocity(params) or convention == "sit" and is_repa:
+        kind = "REPA's" if is_repa else "a MeanFlow"
+        raise ValueError(f"{path} is {kind}, whose convention is known: leave out --convention")
+    if is_velocity(params) and not convention and not is_repa:
+        words = "; ".join(f"--convention {name} if it {what}" for name, what in CONVENTIONS.items())
+        raise ValueError(
+            f"{path} has no embedding of t - r, so it is no MeanFlow: give {words}. "
+            "DiT's own weights predict noise on another path and cannot be used"
+        )
+    if convention == "sit":
+        reverse_time(params)
+    return {name: p.float() for name, p in params.items()}
+
+
+def reverse_time(params):
+    """Change the parameters of v(z, t) in place to those of -v(z, 1 - t).
+
+    The cosine and sine of w (1 - t) are combinations of those of w t, which the first linear layer
+    after them takes in.
+    """
+    for name in OUTPUT:
+        params[name] = -params[name]
+    cos, sin = sinusoids(torch.ones(1, dtype=torch.float64)).flatten().chunk(2)
+    a, b = params["t_embedder.mlp.0.weight"].double().chunk(2, 1)
+    params["t_embedder.mlp.0.weight"] = torch.cat((a * cos + b * sin, a * sin - b * cos), 1)
+
+
+def image_size(path, architecture, tensors, metadata):
+    """Return what a checkpoint makes, "pixels" or "latents", and their side.
+
+    Of a file without metadata, this follows from its positions; four channels are latents, and of
+    ImageNet's 1,000 classes they are 32 wide, as of 256x256 images.
+    """
+    patch, channels, classes = architecture.patch, architecture.channels, architecture.classes
+    if not {"kind", "resolution"} & metadata.keys():
+        kind = "latents" if channels == 4 else "pixels"
+        if "pos_embed" in tensors:
+            return kind, patch * math.isqrt(tensors["pos_embed"].shape[1])
+        if (channels, classes) == (4, 1000):
+            return kind, 32
+    kind, resolution = metadata.get("kind"), metadata.get("resolution", "")
+    side = int(resolution) // (8 if kind == "latents" else 1) if resolution.isdecimal() else 0
+    if kind not in ("pixels", "latents") or not side or side % patch:
+        found = f"kind {kind}, resolution {resolution or None}, and there is no pos_embed"
+        hint = "save it as .safetensors with metadata kind (pixels or latents) and resolution"
+        raise ValueError(f"{path}: metadata has {found}: {hint}")
+    return kind, side
+
+
+def class_names(path, metadata, count):
+    """Return the names of a checkpoint's classes by label, or None if it is not one of ours."""
+    if not metadata.keys() >= {"run", "classes"}:
+        return None
+    try:
+        names = [str(name) for name in json.loads(metadata["classes"])]
+    except (ValueError, TypeError):
+        names = []
+    if len(names) != count:
+        raise ValueError(f"{path}: metadata names {len(names)} classes of {count}: redo it")
+    return names
+
+
+# --- to draw from, or to start from ---
+
+
+def dit_net(params):
+    return partial(dit, params)
+
+
+def load(path, device="cpu", *, convention=None, steps=1):
+    """Return the Sampler of a checkpoint, in float32 and without a VAE.
+
+    path: a file, or a run's folder. A velocity is made to ignore t - r, so that sampling is Euler's
+    method; an iMF comes without its v head, with its guidance for so many steps. Raises
+    FileNotFoundError or ValueError, with one line.
+    """
+    path = find_checkpoint(path)
+    tensors, metadata = read_weights(path)
+    params = convert(path, tensors, convention)
+    improved = is_imf(params)
+    architecture = (imf.config if improved else config)(params)
+    kind, side = image_size(path, architecture, tensors, metadata)
+    classes = class_names(path, metadata, architecture.classes)
+    classes = classes or [str(label) for label in range(architecture.classes)]
+    found = Sampler({}, dit_net, classes, kind, (architecture.channels, side, side))
+    if improved:
+        params = {name: p for name, p in params.items() if not name.startswith("v_")}
+        try:
+            guidance, latents = imf.read_metadata(metadata, architecture, steps)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
+        shift, scale = (a.to(device) for a in latents)
+        found = found._replace(net=imf.guided, guidance=guidance, shift=shift, scale=scale)
+    elif is_velocity(params):
+        if steps < 10:
+            say(f"{path} predicts a velocity: give --steps 50 or more", file=sys.stderr)
+        zeros = {name: torch.zeros(shape) for name, shape in shapes(architecture).items()}
+        params = zeros | params
+    return found._replace(params={name: p.to(device) for name, p in params.items()})
+
+
+def choose_guidance(path, sampler, omega=None, interval=None):
+    """Return the Sampler of `path` with this omega and (low, high), or else its own.
+
+    Raises ValueError if there is nothing to choose, or for numbers out of range.
+    """
+    if not sampler.guidance:
+        refuse(f"as {path} was trained with its guidance", omega=omega, interval=interval)
+        return sampler
+    own, *times = sampler.guidance
+    omega = own if omega is None else omega
+    return sampler._replace(guidance=imf.check_guidance(omega, *(interval or times)))
+
+
+def load_vae(path, device="cpu"):
+    """Return the VAE's parameters, {name: float32 tensor}, from its safetensors file.
+
+    Raises FileNotFoundError or ValueError, with one line, for a file with other tensors.
+    """
+    params = convert_vae(read_tensors(path, VAE)[0], device)
+    check_tensors(path, params, vae_shapes(), VAE)
+    return params
+
+
+def open_sampler(path, device, *, convention=None, steps=1, vae=None, scale=None):
+    """Return the Sampler of a checkpoint, as `load`, with what its images need.
+
+    vae: a path; scale: of latents. Raises ValueError if one is missing or would be ignored.
+    """
+    sampler = load(path, device, convention=convention, steps=steps)
+    if sampler.kind == "pixels":
+        refuse(f"as {path} makes pixels", vae=vae, scale=scale)
+        return sampler
+    if vae is None:
+        raise ValueError(f"{path} makes latents: give --vae, sd-vae-ft-mse's file")
+    if torch.is_tensor(sampler.scale):
+        refuse(f"as {path} has a scale for each channel", scale=scale)
+    return sampler._replace(vae=load_vae(vae, device), scale=scale or sampler.scale)
+
+
+def start_from(method, path, convention, classes):
+    """Return a Method whose fresh parameters have the values of a checkpoint of the same size.
+
+    path, convention: as for `load`. A missing `h_embedder` is created so that it adds nothing: at
+    first u(z, t, r) is the checkpoint's v(z, t). A label that the checkpoint does not know by name,
+    or else by number among as many, starts as its null label.
+    """
+    path, hint = find_checkpoint(path), "give --init weights of the same --size and channels"
+
+    def init(generator):
+        params = method.init(generator=generator)
+        tensors, metadata = read_weights(path)
+        taken = convert(path, tensors, convention)
+        if is_imf(taken) != is_imf(params):
+            raise ValueError(f"{path} is {'no' if is_imf(params) else 'an'} iMF: {hint}")
+        *rows, null = taken[LABELS]
+        names = class_names(path, metadata, len(rows))
+        names = names or (classes if len(classes) == len(rows) else [])
+        rows = dict(zip(names, rows))
+        taken[LABELS] = torch.stack([*(rows.get(name, null) for name in classes), null])
+        created = {k: p for k, p in params.items() if k.startswith("h_embedder") and k not in taken}
+        created |= {k: torch.zeros_like(p) for k, p in created.items() if ".mlp.2." in k}
+        wanted = {name: tuple(p.shape) for name, p in params.items()}
+        where = f"{hint} (of an iMF with v_heads)" if is_imf(params) else hint
+        check_tensors(path, taken | created, wanted, where)
+        new = sum(name not in rows for name in classes)
+        say(f"{path}: {len(taken)} tensors taken, created {sorted(created)}, {new} labels are new")
+        return taken | created
+
+    return method._replace(init=init)
+
+
+# --- methods ---
+
+
+class Method(NamedTuple):
+    """All that training knows of a network and its loss."""
+
+    name: str  # for the checkpoint's metadata
+    init: Callable  # init(generator=) -> {name: float32 tensor} on the generator's device
+    draw: Callable  # draw(shape, generator=) -> a NamedTuple of tensors (B, ...) with t and r
+    loss: Callable  # loss(params, x, y, draws, equal) -> loss (B,), raw errors (B,) or (B, k)
+    net: Callable  # net(params, *guidance) -> net(z, t, r, y), as meanflow.sample takes it
+    guidance: tuple = ()  # with which grids are drawn
+    mirror: bool = True  # whether mirror images are trained on, where the data set has them
+    latents: tuple = (0.0, SCALE)  # shift and scale of latents
+    errors: tuple = ()  # names of the raw errors after the first
+    metadata: dict = {}  # what else checkpoints say of themselves, {key: str}
+
+
+def dit_method(size, *, channels, classes, guidance=(1.0, 0.0, (0.0, 1.0)), compiled=False):
+    """Return the Method of MeanFlow's DiT. size: as of model.init; guidance: (omega, kappa, times
+    between which it acts)."""
+    omega, kappa, interval = guidance
+    block = dual.compile(model.block, dynamic=False) if compiled else model.block
+    guided = dict(null=classes, omega=omega, kappa=kappa, interval=interval)
+
+    def loss(params, x, y, draws, equal):
+        net = partial(dit, params, block=block)
+        return meanflow.fast_loss(net, x, y, draws, **guided, jvp=dual.jvp, equal=equal)
+
+    return Method(
+        f"MeanFlow (arXiv 2505.13447) of size {size}",
+        init=partial(model.init, size, channels=channels, classes=classes),
+        draw=meanflow.draw,
+        loss=loss,
+        net=dit_net,
+    )
+
+
+def imf_method(size, *, channels, classes, kind, compiled=False):
+    """Return the Method of improved MeanFlow. size: as of imf.init; kind: of the data."""
+    block = dual.compile(imf.block, dynamic=False) if compiled else imf.block
+    config = imf.Config(*imf.SIZES[size], channels, classes, True)
+
+    def loss(params, x, y, draws, equal):
+        net = partial(imf.imf, params, block=block)
+        velocity = partial(imf.imf_velocity, params, block=block)
+        options = dict(null=classes, velocity=velocity, jvp=dual.jvp, equal=equal)
+        return imf.fast_loss(net, x, y, draws, **options)
+
+    return Method(
+        f"improved MeanFlow (arXiv 2512.02012) of size {size}",
+        init=partial(imf.init, size, channels=channels, classes=classes),
+        draw=partial(imf.draw, most=8.0 if classes > 1 else 1.0),
+        loss=loss,
+        net=imf.guided,
+        guidance=imf.default_guidance(config)[0],
+        mirror=False,  # as in the authors' code
+        latents=imf.normalization(),
+        errors=("v",),
+        metadata=imf.metadata(config, kind),
+    )
+
+
+# --- the saves of a run ---
+
+
+def save_checkpoint(folder, step, tensors, metadata):
+    """Write a save, and remove older ones, but those that are kept.
+
+    tensors: {"state": {name: tensor}, "ema": the averaged weights}. The latter come last, so that
+    their presence says that both are whole.
+    """
+    for kind, part in tensors.items():
+        about = metadata | {"step": str(step)} if kind == "ema" else None
+        save_tensors(checkpoint(folder, kind, step), part, about)
+    for kind in tensors:
+        for old, path in list(checkpoints(folder, kind).items())[:-KEEP]:
+            if kind == "state" or old % LASTING:
+                path.unlink()
+
+
+def restore(folder, step, tensors):
+    """Copy the save of `step` into `tensors`, as save_checkpoint takes them."""
+    for kind, part in tensors.items():
+        path = checkpoint(folder, kind, step)
+        hint = "delete both files of this step to continue from the save before"
+        saved, _ = read_tensors(path, hint)
+        check_tensors(path, saved, {name: tuple(p.shape) for name, p in part.items()}, hint)
+        for name, p in part.items():
+            p.detach().copy_(saved[name])
+
+
+def last_good(folder):
+    """Say how to go on after values that are not finite."""
+    files = list(checkpoints(folder, "ema").values())
+    last = f"the last good checkpoint is {files[-1]}: give it to --init" if files else ""
+    return f"{last or 'nothing was saved'}; choose another --out and a smaller --lr"
