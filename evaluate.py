@@ -5,6 +5,7 @@
     python evaluate.py runs/digits --ref digits --count 1000                          raw pixels
     python evaluate.py IMAGES --ref REF.npz --inception FILE             images, whoever made them
     python evaluate.py IMAGES --save-stats REF.npz --inception FILE                make a reference
+    python evaluate.py runs/a runs/b --plot curves.png                 a picture of the logs of runs
 
 Prints a line of JSON for each checkpoint, or for IMAGES, with all that the scores depend on. --out
 appends the lines to a file; what is there already is not computed again, so that the same command
@@ -426,10 +427,13 @@ def parse_arguments(argv):
     add("--count", type=number(int, 2), help="samples (default: 50000), or images (default: all)")
     add("--out", type=Path, help="a file to append the lines to")
     add("--save-stats", type=Path, help="the .npz to write mean and covariance of IMAGES to")
+    add("--plot", type=Path, help="the picture to draw the logs of runs in, instead of scores")
     add("--every", action="store_true", help="score every save of a run (default: the last)")
     add_sampling(add)
     add("--omega", type=float, help="an iMF's guidance")
     args = arguments.parse_args(argv)
+    if args.plot:
+        return args
     flags, first = vars(args), args.what[0]
     if is_images(first):
         only = ("classes", "uniform", "steps", "seed", "vae", "scale", "convention", "interval")
@@ -471,6 +475,8 @@ def score_images(path, ref, inception, count, save_stats, world):
 
 def main(argv, world):
     args = parse_arguments(argv)
+    if args.plot:
+        return plot(args.what, args.plot)
     known = all_gather(read_lines(args.out) if args.out and world.rank == 0 else [])[0]
     compared = args.ref, args.inception
 

@@ -99,8 +99,6 @@ def draw_images(sampler, labels, world, *, steps=1, seed=0):
 def choose_shown(dataset):
     """Return the conditions of a grid: ten of a class in each row if they are ten or fewer, else
     one of each hundredth; of what is no class, those of the first hundred items."""
-    if dataset.kind not in ("pixels", "latents"):
-        return None
     if not dataset.classes:
         return tree_map(lambda y: y[:100], dataset.labels)
     classes = len(dataset.classes)

@@ -4,7 +4,6 @@
     python train.py --size iT                                the digits, by improved MeanFlow
     torchrun --nproc-per-node 2 train.py                     the digits, shared by two processes
     torchrun --nproc-per-node 8 train.py --size XL --data data/imagenet       on eight GPUs
-    python train.py --plot runs/a runs/b --out curves.png    compare the logs of runs
 
 The same command continues a stopped run from its last save, with any number of processes. SIGTERM
 or Ctrl-C makes it save, without grid and scores, and end. The run's folder holds
@@ -231,10 +230,10 @@ class Run(NamedTuple):
     """A run in its folder, seen from one process."""
 
     folder: Path
+    dataset: data.Dataset
     plan: Plan
     state: State
     sampler: Sampler  # of the averaged weights
-    shown: torch.Tensor | None  # what grids are drawn of; None: nothing that a picture can show
     errors: tuple  # names of the raw errors after the first
     metadata: dict  # what checkpoints say of themselves
     log: TextIO | None  # of the first process alone
@@ -298,16 +297,6 @@ def log_scores(run, score):
                 run.log.write(json.dumps({"step": step} | line) + "\n")
 
 
-def grid_path(folder, step):
-    return folder / f"grid-{step:08}.png"
-
-
-def save_grid(run, step):
-    """Write a picture of one-step samples, always from the same noise."""
-    x = sample.generate(run.sampler, run.shown)
-    sample.save_grid(sample.to_uint8(x, run.sampler), grid_path(run.folder, step))
-
-
 # --- setting up ---
 
 
@@ -325,8 +314,8 @@ def find_start(folder, plan, parts):
     return starts[0]
 
 
-def begin(method, plan, folder, start, device):
-    """Return the State at step `start`: fresh, or restored."""
+def begin(method, plan, device):
+    """Return the State before the first step."""
     params = method.init(generator=runtime.generator(plan.seed, "init", 0))
     params = {name: torch.nn.Parameter(p.to(device)) for name, p in params.items()}
     ema = {name: p.detach().clone() for name, p in params.items()}
@@ -335,48 +324,46 @@ def begin(method, plan, folder, start, device):
     for p in params.values():
         moments = {moment: torch.zeros_like(p) for moment in ("exp_avg", "exp_avg_sq")}
         adam.state[p] = {"step": torch.zeros((), device=p.device), **moments}
-    state = State(params, ema, adam)
-    if start:
-        weights.restore(folder, start, saved_tensors(state))
-    return state
+    return State(params, ema, adam)
 
 
 def open_run(method, dataset, plan, folder, start, world, *, vae, about):
     """Return the Run at step `start`. Write nothing before all processes are ready."""
+    kind, classes, shape = dataset.kind, dataset.classes, dataset.shape
     run = about | plan._asdict() | {"data": dataset.name}
     run = run | {"commit": runtime.commit(), "torch": torch.__version__}
     run = json.loads(json.dumps(run))  # tuples become lists, as in the log
-    lines = read_log(folder, start, run)
-    metadata = {
-        "model": f"{method.name}, averaged weights",
-        "kind": dataset.kind,
-        "classes": json.dumps(dataset.classes),
-        "run": json.dumps(run),
-    } | method.metadata
-    shown = sample.choose_shown(dataset)
-    if shown is not None:
-        metadata["resolution"] = str(image_shape(dataset.kind, dataset.shape)[-1])
-    state = begin(method, plan, folder, start, world.device)
+    lines, state = read_log(folder, start, run), begin(method, plan, world.device)
+    about = {"kind": kind, "classes": json.dumps(classes), "run": json.dumps(run)}
+    about |= {"model": f"{method.name}, averaged weights"} | method.metadata
+    if kind in data.TENSOR:
+        about["resolution"] = str(image_shape(kind, shape)[-1])
+    if start:
+        weights.restore(folder, start, saved_tensors(state))
     latents = (torch.as_tensor(a, device=world.device) for a in method.latents)
-    drawn = (dataset.classes, dataset.kind, dataset.shape, method.guidance, *latents, vae)
+    drawn = (classes, kind, shape, method.guidance, *latents, vae)
     runtime.barrier()
     log = open_log(folder, start, lines) if world.rank == 0 else None
     sampler = Sampler(state.ema, method.net, *drawn)
-    return Run(folder, plan, state, sampler, shown, method.errors, metadata, log, world)
+    return Run(folder, dataset, plan, state, sampler, method.errors, about, log, world)
 
 
 # --- training ---
 
 
+def grid_path(folder, step):
+    return folder / f"grid-{step:08}.png"
+
+
 def save(run, step, skip_grid):
-    """Write the sample grid, the curve and the checkpoint; on a signal skip the grid.
-    Raise ValueError, and write nothing, if a weight is not finite."""
+    """Write one-step samples, always from the same noise, unless skipped, the curve and the
+    checkpoint. Raise ValueError, and write nothing, if a weight is not finite."""
     if not all(p.isfinite().all() for p in run.state.params.values()):
-        raise ValueError(
-            f"the weights are not finite after step {step}; {weights.last_good(run.folder)}"
-        )
-    if not skip_grid and run.shown is not None:
-        save_grid(run, step)
+        last = weights.last_good(run.folder)
+        raise ValueError(f"the weights are not finite after step {step}; {last}")
+    if not skip_grid and run.dataset.kind in data.TENSOR:
+        x = sample.generate(run.sampler, sample.choose_shown(run.dataset))
+        sample.save_grid(sample.to_uint8(x, run.sampler), grid_path(run.folder, step))
     evaluate.plot([run.folder], run.folder / "curve.png")
     weights.save_checkpoint(run.folder, step, saved_tensors(run.state), run.metadata)
 
@@ -441,7 +428,7 @@ def loop(run, objective, batches, start, save_every, stopping, after_save):
             history.clear()
             clock = time.monotonic()
             if saving and run.log:
-                save(run, step, skip_grid=stopped)
+                save(run, step, skip_grid=stopped and step < plan.steps)
                 in_saves += time.monotonic() - clock
             if stopped:
                 return step, True
@@ -486,10 +473,8 @@ def fit(
     if stopped:
         say(f"stopped by a signal after step {step}, which is saved: the same command continues")
         return None
-    if run.log and run.shown is not None:
-        if not grid_path(folder, step).exists():  # the run was stopped at its last step
-            save_grid(run, step)
-        say(grid_path(folder, step), folder / "curve.png")
+    if run.log and dataset.kind in data.TENSOR:
+        print(grid_path(folder, step), folder / "curve.png")
     return run.sampler
 
 
@@ -523,7 +508,6 @@ def parse_arguments(argv):
     add("--accumulate", type=whole, default=1, help=parts)
     on_gpu = {"action": argparse.BooleanOptionalAction, "default": torch.cuda.is_available()}
     add("--compile", **on_gpu, help="compile the blocks (default: on a GPU)")
-    add("--plot", nargs="+", metavar="RUN", help="draw the logs of these runs as --out, and end")
     args = arguments.parse_args(argv)
     if not args.fid:
         refuse("without --fid", inception=args.inception, count=args.count)
@@ -550,21 +534,34 @@ def choose_recipe(size, batch=None, lr=None, guidance=None):
         found = "has no recipe: add one to train.RECIPES, or" if known else "is unknown:"
         raise ValueError(f"--size {size} {found} choose one of {', '.join(RECIPES)}")
     recipe = RECIPES[name]
-    if recipe.guidance is None:
-        refuse(f"as {name} draws its guidance", guidance=guidance)
-    elif guidance:
+    if guidance and recipe.guidance is None:
+        raise ValueError(f"--guidance would be ignored as {name} draws its guidance: leave it out")
+    if guidance:
         recipe = recipe._replace(guidance=parse_guidance(guidance))
     return name, recipe._replace(batch=batch or recipe.batch, lr=lr or recipe.lr)
 
 
-def load_dataset(name, size, rank, world):
-    """Return the data set of this name. Raise ValueError unless it suits the size's patches."""
-    dataset = data.load_data(name, rank, world)
+def load_dataset(name, size, vae, fid, world):
+    """Return the data set of this name. Raise ValueError unless it suits the size and the flags."""
+    dataset = data.load_data(name, world.rank, world.size)
     *_, patch = (model.SIZES | imf.SIZES)[size]
     if any(side % patch for side in dataset.shape[1:]):
         found = f"{name} holds {dataset.shape}, not divisible by patches of {patch}"
         raise ValueError(f"{found}: choose another --size, or convert with another --resolution")
+    if vae and dataset.kind == "pixels":
+        raise ValueError(f"--vae would be ignored as {name} holds pixels: leave it out")
+    if fid and not vae and dataset.kind == "latents":
+        raise ValueError("--fid needs --vae, sd-vae-ft-mse's file, to decode latents")
     return dataset
+
+
+def choose_guidance(recipe, name, classes, given):
+    """Return the recipe's guidance; of a single class none, where none must be `given`."""
+    if recipe.guidance is None or classes > 1:
+        return recipe.guidance
+    if given:
+        raise ValueError(f"--guidance would be ignored as {name} has one class: leave it out")
+    return 1.0, 0.0, (0.0, 1.0)
 
 
 def announce(size, plan, dataset, guidance):
@@ -578,31 +575,27 @@ def announce(size, plan, dataset, guidance):
 
 def main(argv, world):
     args = parse_arguments(argv)
-    if args.plot:
-        return evaluate.plot(args.plot, args.out or Path("curves.png"))
     size, recipe = choose_recipe(args.size, args.batch, args.lr, args.guidance)
     name = args.data or ("digits" if size in ("T/2", "iT/2") else "data/imagenet")
     folder = "digits" if (name, size) == ("digits", "T/2") else size.replace("/", "-")
-
-    dataset, guidance = load_dataset(name, size, world.rank, world.size), recipe.guidance
-    images, classes = image_shape(dataset.kind, dataset.shape), dataset.classes
-    if guidance and len(classes) == 1:
-        refuse(f"as {name} has one class", guidance=args.guidance)
-        guidance = 1.0, 0.0, (0.0, 1.0)
     precision = args.precision or ("bfloat16" if torch.cuda.is_available() else "float32")
+    dataset = load_dataset(name, size, args.vae, args.fid, world)
+    kind, shape, classes = dataset.kind, dataset.shape, dataset.classes
+    guidance = choose_guidance(recipe, name, len(classes), args.guidance)
     plan = make_plan(recipe, len(dataset.items), args.steps, args.seed, precision)
     announce(size, plan, dataset, guidance)
+
     about = {"size": size, "init": args.init, "convention": args.convention}
-    options = dict(channels=dataset.shape[0], classes=len(classes), compiled=args.compile)
+    options = dict(channels=shape[0], classes=len(classes), compiled=args.compile)
     if size in imf.SIZES:
-        method = imf_method(size, kind=dataset.kind, **options)
+        method = imf_method(size, kind=kind, **options)
     else:
         method = dit_method(size, guidance=guidance, **options)
         about |= dict(zip(("omega", "kappa", "interval"), guidance))
     if args.init:
-        method = weights.start_from(method, args.init, args.convention, classes)
-
-    vae, score = None, None
+        taken = partial(weights.start_from, args.init, args.convention, classes, method.init)
+        method = method._replace(init=taken)
+    images, vae, score = image_shape(kind, shape), None, None
     if args.vae:
         vae = weights.load_vae(args.vae, world.device)
     if args.fid:

@@ -328,36 +328,32 @@ def open_sampler(path, device, *, convention=None, steps=1, vae=None, scale=None
     return sampler._replace(vae=load_vae(vae, device), scale=scale or sampler.scale)
 
 
-def start_from(method, path, convention, classes):
-    """Return a Method whose fresh parameters have the values of a checkpoint of the same size.
+def start_from(path, convention, classes, fresh, *, generator):
+    """Return the parameters of fresh(generator=) with the values of a checkpoint of the same size.
 
     path, convention: as for `load`. A missing `h_embedder` is created so that it adds nothing: at
     first u(z, t, r) is the checkpoint's v(z, t). A label that the checkpoint does not know by name,
     or else by number among as many, starts as its null label.
     """
-    path, hint = find_checkpoint(path), "give --init weights of the same --size and channels"
-
-    def init(generator):
-        params = method.init(generator=generator)
-        tensors, metadata = read_weights(path)
-        taken = convert(path, tensors, convention)
-        if is_imf(taken) != is_imf(params):
-            raise ValueError(f"{path} is {'no' if is_imf(params) else 'an'} iMF: {hint}")
-        *rows, null = taken[LABELS]
-        names = class_names(path, metadata, len(rows))
-        names = names or (classes if len(classes) == len(rows) else [])
-        rows = dict(zip(names, rows))
-        taken[LABELS] = torch.stack([*(rows.get(name, null) for name in classes), null])
-        created = {k: p for k, p in params.items() if k.startswith("h_embedder") and k not in taken}
-        created |= {k: torch.zeros_like(p) for k, p in created.items() if ".mlp.2." in k}
-        wanted = {name: tuple(p.shape) for name, p in params.items()}
-        where = f"{hint} (of an iMF with v_heads)" if is_imf(params) else hint
-        check_tensors(path, taken | created, wanted, where)
-        new = sum(name not in rows for name in classes)
-        say(f"{path}: {len(taken)} tensors taken, created {sorted(created)}, {new} labels are new")
-        return taken | created
-
-    return method._replace(init=init)
+    path, params = find_checkpoint(path), fresh(generator=generator)
+    hint = "give --init weights of the same --size and channels"
+    hint += " (of an iMF with v_heads)" if is_imf(params) else ""
+    tensors, metadata = read_weights(path)
+    if is_imf(tensors) != is_imf(params):
+        raise ValueError(f"{path} is {'no' if is_imf(params) else 'an'} iMF: {hint}")
+    taken = convert(path, tensors, convention)
+    *rows, null = taken[LABELS]
+    names = class_names(path, metadata, len(rows))
+    names = names or (classes if len(classes) == len(rows) else [])
+    rows = dict(zip(names, rows))
+    taken[LABELS] = torch.stack([*(rows.get(name, null) for name in classes), null])
+    created = {k: p for k, p in params.items() if k.startswith("h_embedder") and k not in taken}
+    created |= {k: torch.zeros_like(p) for k, p in created.items() if ".mlp.2." in k}
+    wanted = {name: tuple(p.shape) for name, p in params.items()}
+    check_tensors(path, taken | created, wanted, hint)
+    new = sum(name not in rows for name in classes)
+    say(f"{path}: {len(taken)} tensors taken, created {sorted(created)}, {new} labels are new")
+    return taken | created
 
 
 # --- methods ---
