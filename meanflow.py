@@ -212,6 +212,14 @@ def count_equal(t, r):
     return [*(t == r).tolist(), False].index(False)
 
 
+@torch.no_grad()
+def velocities(net, z, t, y, null, n):
+    """Return the velocities of all rows without their condition, and from row n on with it."""
+    nothing = replace(y, null, torch.ones_like(t, dtype=torch.bool))
+    both = each(lambda a, b: torch.cat((a, b[n:])), (z, t, t, nothing), (z, t, t, y))
+    return evaluate(net, *both).split([len(z), len(z) - n])
+
+
 def fast_loss(
     net,
     x,
@@ -233,23 +241,19 @@ def fast_loss(
     pass itself. So net sees these rows and the others apart, and never no rows. Nothing changes if
     no layer mixes rows; batch norm in training does, and this is then another function than `loss`.
 
-    jvp: dual.jvp is the cheap one; torch.func.jvp takes three forwards where that takes two.
-    equal: how many of the first rows have r = t. None counts them, which makes the host wait for a
-    GPU and does not compile. A row with r = t further down is right too, and merely costs more.
+    jvp: dual.jvp is the cheap one; torch.func.jvp takes three forwards where that takes two. equal:
+    how many of the first rows have r = t. None counts them, which makes the host wait for a GPU and
+    does not compile. A row with r = t further down is right too, and merely costs more.
     """
     e, t, r, drop = draws
     z, v = interpolate(x, e, t)
     n = count_equal(t, r) if equal is None else equal
-    nothing, y = replace(y, null, torch.ones_like(drop)), replace(y, null, drop)
-    rows, us, dudt = (z, t, r, y), [], torch.zeros_like(v)
+    rows, us, dudt = (z, t, r, replace(y, null, drop)), [], torch.zeros_like(v)
     if n > 0:
         us.append(evaluate(net, *each(lambda a: a[:n], rows)))
     if omega != 1 or kappa != 0:
-        with torch.no_grad():  # null velocities of all rows and class velocities where r != t
-            m = n if kappa else len(x)
-            both = each(lambda a, b: torch.cat((a, b[m:])), (z, t, t, nothing), (z, t, t, y))
-            v_null, v_class = evaluate(net, *both).split([len(x), len(x) - m])
-            v = mix(v, torch.cat((*us, v_class)), v_null, t, drop, omega, kappa, interval)
+        v_null, v_class = velocities(net, z, t, y, null, n if kappa else len(x))
+        v = mix(v, torch.cat((*us, v_class)).detach(), v_null, t, drop, omega, kappa, interval)
     if n < len(x):
         z_, t_, r_, y_, v_ = each(lambda a: a[n:], (*rows, v))
         u, differ = derivative(net, z_, t_, r_, v_, y_, jvp=jvp)

@@ -50,7 +50,7 @@ from weights import Sampler, checkpoint, checkpoints, dit_method, image_shape, i
 
 LOG_EVERY = 50  # steps
 ASK_EVERY = 10  # steps between questions to the other processes, for which the host waits
-SAVE_EVERY, SAVE_SHARE = 500, 0.02  # steps, and of the time, unless save_every is given
+SAVE_EVERY, SAVE_SHARE = 500, 0.02  # steps, and of the time, unless said
 
 
 # --- recipes ---
@@ -351,10 +351,6 @@ def open_run(method, dataset, plan, folder, start, world, *, vae, about):
 # --- training ---
 
 
-def grid_path(folder, step):
-    return folder / f"grid-{step:08}.png"
-
-
 def save(run, step, skip_grid):
     """Write one-step samples, always from the same noise, unless skipped, the curve and the
     checkpoint. Raise ValueError, and write nothing, if a weight is not finite."""
@@ -363,7 +359,8 @@ def save(run, step, skip_grid):
         raise ValueError(f"the weights are not finite after step {step}; {last}")
     if not skip_grid and run.dataset.kind in data.TENSOR:
         x = sample.generate(run.sampler, sample.choose_shown(run.dataset))
-        sample.save_grid(sample.to_uint8(x, run.sampler), grid_path(run.folder, step))
+        path = run.folder / f"grid-{step:08}.png"
+        sample.save_grid(sample.to_uint8(x, run.sampler), path)
     evaluate.plot([run.folder], run.folder / "curve.png")
     weights.save_checkpoint(run.folder, step, saved_tensors(run.state), run.metadata)
 
@@ -405,7 +402,7 @@ def is_due(step, last, every, share, world):
     return any(all_gather(world.rank == 0 and bool(every or share <= SAVE_SHARE)))
 
 
-def loop(run, objective, batches, start, save_every, stopping, after_save):
+def loop(run, objective, batches, start, every, stopping, after_save):
     """Train from step `start` on. Return the last step and whether `stopping`, an Event, ended it.
 
     after_save() is called in all processes after each save.
@@ -420,7 +417,7 @@ def loop(run, objective, batches, start, save_every, stopping, after_save):
         norm = update(state, plan, step)
         stopped = step % ASK_EVERY == 0 and any(all_gather(stopping.is_set()))
         share = in_saves / (time.monotonic() - begun)
-        saving = stopped or is_due(step, plan.steps, save_every, share, world)
+        saving = stopped or is_due(step, plan.steps, every, share, world)
         if saving or step % LOG_EVERY == 0:
             rate = plan.batch * len(history) / (time.monotonic() - clock)
             line = log_means(run, history, norm.item(), rate)
@@ -439,26 +436,16 @@ def loop(run, objective, batches, start, save_every, stopping, after_save):
 
 
 def fit(
-    method,
-    dataset,
-    plan,
-    folder,
-    world,
-    *,
-    about=None,
-    parts=1,
-    save_every=None,
-    vae=None,
-    score=None,
+    method, dataset, plan, folder, world, *, about=None, parts=1, every=None, vae=None, score=None
 ):
     """Train a Method on a data.Dataset by a Plan, and return a Sampler of the averaged weights, or
     None if a signal stopped it. The same call continues it from the last save in `folder`.
 
     world: from runtime.launch, in each process. about: what the log's first line says besides, and
-    a run is known by. parts: in which a process computes its rows, if memory is short. save_every:
-    steps between saves. vae: its parameters, to draw grids of latents. score: evaluate.score
-    but for its first three arguments, to score lasting saves and the last. Raises ValueError or
-    OSError, with one line, if the folder holds something else.
+    a run is known by. parts: in which a process computes its rows, if memory is short. every: steps
+    between saves. vae: its parameters, to draw grids of latents. score(path, sampler, known): as
+    evaluate.score, to score lasting saves and the last. Raises ValueError or OSError, with one
+    line, if the folder holds something else.
     """
     folder, about = Path(folder), about or {"method": method.name}
     dataset = dataset._replace(mirror=dataset.mirror and method.mirror)
@@ -469,12 +456,12 @@ def fit(
     objective = parallel(Objective(method.loss, run.state.params, plan.precision), world)
     batches = stream(method, dataset, plan, start, world, parts)
     with runtime.noted_signals() as stopping:
-        step, stopped = loop(run, objective, batches, start, save_every, stopping, after_save)
+        step, stopped = loop(run, objective, batches, start, every, stopping, after_save)
     if stopped:
         say(f"stopped by a signal after step {step}, which is saved: the same command continues")
         return None
     if run.log and dataset.kind in data.TENSOR:
-        print(grid_path(folder, step), folder / "curve.png")
+        print(folder / f"grid-{step:08}.png", folder / "curve.png")
     return run.sampler
 
 
@@ -602,7 +589,7 @@ def main(argv, world):
         samples = evaluate.Samples(args.count or 50_000, vae=vae and runtime.sha256(args.vae))
         scorer = evaluate.load_scorer(args.fid, args.inception, images, world)
         score = partial(evaluate.score, scorer=scorer, samples=samples, world=world)
-    options = dict(about=about, parts=args.accumulate, save_every=args.save, vae=vae, score=score)
+    options = dict(about=about, parts=args.accumulate, every=args.save, vae=vae, score=score)
     sampler = fit(method, dataset, plan, args.out or Path("runs", folder), world, **options)
     if sampler and dataset.name == "digits" and world.rank == 0:
         evaluate.report(sampler, dataset)
