@@ -23,13 +23,13 @@ import os
 import zipfile
 from collections.abc import Callable
 from contextlib import contextmanager
+from functools import reduce
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from matplotlib.figure import Figure
 from PIL import Image
 
@@ -48,7 +48,14 @@ from runtime import (
     sha256,
 )
 from sample import add_sampling, choose_labels, draw_images, generate
-from weights import checkpoints, choose_guidance, find_checkpoint, image_shape, open_sampler
+from weights import (
+    WEIGHTS,
+    checkpoints,
+    choose_guidance,
+    find_checkpoint,
+    image_shape,
+    open_sampler,
+)
 
 REFERENCE = (  # ADM's, for ImageNet 256x256
     "https://openaipublic.blob.core.windows.net/diffusion/jul-2021/ref_batches/imagenet/256/"
@@ -64,10 +71,8 @@ def readable(path):
     try:
         yield
     except Exception as error:  # zipfile, zlib and NumPy raise many types
-        why, hint = (
-            " ".join(str(error).split())[:200],
-            f"give images or an .npz, such as {REFERENCE}",
-        )
+        why = " ".join(str(error).split())[:200]
+        hint = f"give images or an .npz, such as {REFERENCE}"
         raise ValueError(f"{path} cannot be read ({why}): {hint}") from None
 
 
@@ -187,21 +192,12 @@ def load_features(path, device):
 def gather(state):
     """Return the statistics of all processes' items, on each of them and on the CPU.
 
-    Means are exchanged, then each process moves its scatter to the common mean: one all-reduce of
-    d x d numbers, and no digit is lost. A process without items has None.
+    A process without items has None.
     """
-    parts = [part for part in all_gather(state and (state[0], state[1].cpu())) if part]
-    if len({len(mean) for _, mean in parts}) > 1:
+    states = [s for s in all_gather(state and (state[0], state[1].cpu(), state[2].cpu())) if s]
+    if len({len(mean) for _, mean, _ in states}) > 1:
         raise ValueError("images have several sizes: give --inception, or images of one size")
-    total, origin = sum(n for n, _ in parts), parts[0][1]
-    mean = origin + sum((m - origin) * (n / total) for n, m in parts)
-    scatter = torch.zeros(len(mean), len(mean), dtype=torch.float64)
-    if state:
-        shift = state[1].cpu() - mean
-        scatter = state[2].cpu() + shift.outer(shift) * state[0]
-    if dist.is_initialized():
-        dist.all_reduce(scatter)
-    return total, mean, scatter
+    return reduce(fid.merge, states)
 
 
 def gather_rows(rows):
@@ -298,6 +294,8 @@ class Samples(NamedTuple):
     steps: int = 1
     seed: int = 0
     vae: str | None = None  # the sha256 of the file that decodes them
+    scale: float | None = None  # of latents, if not the checkpoint's own
+    convention: str | None = None  # of a network that predicts a velocity
 
 
 def describe(path, sampler, scorer, samples, device):
@@ -315,6 +313,8 @@ def describe(path, sampler, scorer, samples, device):
         "classes": how,
         "weights": f"{path} sha256 {sha256(path)}",
         "vae": samples.vae,
+        "scale": samples.scale,
+        "convention": samples.convention,
     }
 
 
@@ -324,10 +324,15 @@ def score(path, sampler, known, *, scorer, samples, world):
     known: lines that there are; if one of them is the answer, nothing is drawn.
     """
     about = describe(path, sampler, scorer, samples, world.device)
+
+    def facts(line):  # wherever the file lay
+        digest = str(line.get("weights")).rpartition(" ")[2]
+        return {k: line.get(k) for k in about} | {"weights": digest}
+
     for line in known:
-        if all(line.get(key) == value for key, value in about.items()):
+        if facts(line) == facts(about):
             return line
-    count, classes, uniform, steps, seed, _ = samples
+    count, classes, uniform, steps, seed, *_ = samples
     labels = choose_labels(count, classes, len(sampler.classes), uniform=uniform, seed=seed)
     drawn = draw_images(sampler, labels, world, steps=steps, seed=seed)
     batches = (images for _, images in drawn)
@@ -353,6 +358,9 @@ def list_checkpoints(paths, every):
     for path in paths:
         saves = checkpoints(path, "ema").values() if every else []
         found += saves or [find_checkpoint(path)]
+    for path in found:
+        if not path.is_file():
+            raise FileNotFoundError(f"{path} is not a file: {WEIGHTS}")
     return found
 
 
@@ -387,32 +395,33 @@ def plot(folders, path):
         if not Path(folder, "log.jsonl").is_file():
             raise FileNotFoundError(f"{folder} holds no log.jsonl: give the folder of a run")
         lines = read_lines(Path(folder, "log.jsonl"))[1:]
-        logs[str(folder)] = [line for line in lines if "grad_norm" in line]
+        logs[str(folder)] = [line for line in lines if {"step", "grad_norm"} <= line.keys()]
     names = dict.fromkeys(k for lines in logs.values() for line in lines for k in line)
     names = [k for k in names if k.startswith("raw_") and not k.endswith("_by_t")] + ["grad_norm"]
     figure = Figure((4.2 * len(names), 3.4), layout="constrained")
     for name, axes in zip(names, figure.subplots(1, len(names), squeeze=False)[0]):
         for label, lines in logs.items():
-            draw_line(axes, lines, lambda line: line.get(name), label if len(logs) > 1 else "mean")
+            draw_line(axes, lines, name, label if len(logs) > 1 else "mean")
             for k in range(4 * (len(logs) == 1 and name != "grad_norm")):
                 times = f"t in [{k / 4:g}, {(k + 1) / 4:g}]"
-                draw_line(
-                    axes,
-                    lines,
-                    lambda line: line.get(f"{name}_by_t", 4 * [None])[k],
-                    times,
-                    alpha=0.5,
-                )
+                draw_line(axes, lines, f"{name}_by_t", times, k, alpha=0.5)
         axes.set(title=name, xlabel="step", yscale="log")
         axes.legend(fontsize="small")
     with atomic_write(path) as temporary:
         figure.savefig(temporary, format="png", dpi=100)
 
 
-def draw_line(axes, lines, value, label, **style):
-    """Draw value(line) by step; where it is missing or not finite, nothing."""
-    steps, values = [line["step"] for line in lines], [value(line) or math.nan for line in lines]
-    axes.plot(steps, values, label=label, marker=".", markersize=3, linewidth=1, **style)
+def draw_line(axes, lines, name, label, k=None, **style):
+    """Draw the values of this name, or their k-th parts, by step; what is no number is a gap."""
+
+    def number(value):
+        return float(value) if isinstance(value, int | float) and value else math.nan
+
+    values = [line.get(name) for line in lines]
+    if k is not None:
+        values = [(v[k:] or [None])[0] if isinstance(v, list) else None for v in values]
+    points = [number(line["step"]) for line in lines], [*map(number, values)]
+    axes.plot(*points, label=label, marker=".", markersize=3, linewidth=1, **style)
 
 
 # --- the command line ---
@@ -432,21 +441,24 @@ def parse_arguments(argv):
     add_sampling(add)
     add("--omega", type=float, help="an iMF's guidance")
     args = arguments.parse_args(argv)
-    if args.plot:
-        return args
     flags, first = vars(args), args.what[0]
+    if args.plot:
+        refuse("with --plot", **{k: flags[k] for k in flags if k not in ("what", "plot")})
+        return args
     if is_images(first):
-        only = ("classes", "uniform", "steps", "seed", "vae", "scale", "convention", "interval")
-        only = {name: flags[name] for name in (*only, "omega", "every")}
-        refuse(f"as {first} holds images", **only)
+        apply = ("what", "ref", "inception", "count", "out", "save_stats")
+        refuse(f"as {first} holds images", **{k: flags[k] for k in flags if k not in apply})
         if len(args.what) > 1:
             raise ValueError(f"{first} holds images: score {args.what[1]} in another command")
     else:
         refuse(f"as {first} is a checkpoint", save_stats=args.save_stats)
     if not args.ref and not args.save_stats:
         raise ValueError("nothing to do: give --ref, or of images --save-stats, or both")
-    if args.save_stats and (args.save_stats.is_dir() or not args.save_stats.parent.is_dir()):
-        raise ValueError(f"--save-stats {args.save_stats}: give a file in a folder that exists")
+    if not args.ref:
+        refuse("without --ref", out=args.out)
+    for name, path in (("save-stats", args.save_stats), ("out", args.out)):
+        if path and (path.is_dir() or not path.parent.is_dir()):
+            raise ValueError(f"--{name} {path}: give a file in a folder that exists")
     return args
 
 
@@ -476,7 +488,7 @@ def score_images(path, ref, inception, count, save_stats, world):
 def main(argv, world):
     args = parse_arguments(argv)
     if args.plot:
-        return plot(args.what, args.plot)
+        return plot(args.what, args.plot) if world.rank == 0 else None
     known = all_gather(read_lines(args.out) if args.out and world.rank == 0 else [])[0]
     compared = args.ref, args.inception
 
@@ -490,13 +502,15 @@ def main(argv, world):
     else:
         steps, seed, count = args.steps or 1, args.seed or 0, args.count or 50_000
         vae = args.vae and sha256(args.vae)
-        samples = Samples(count, args.classes, args.uniform, steps, seed, vae)
+        chosen = args.classes, args.uniform, steps, seed, vae, args.scale, args.convention
+        samples = Samples(count, *chosen)
         paths = list_checkpoints(args.what, args.every)
         lines = score_checkpoints(paths, open_checkpoint, *compared, samples, known, world)
     for line in lines:
         say(json.dumps(line))
         if args.out and world.rank == 0 and line not in known:
             append_line(args.out, line)
+        known.append(line)
 
 
 if __name__ == "__main__":

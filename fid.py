@@ -165,8 +165,10 @@ def load_inception(path):
     wanted = {name: (torch.float32, *shape) for name, shape in inception_shapes().items()}
     for name in wanted | found:
         got, want = found.get(name, "missing"), wanted.get(name, "absent")
-        if got != want or not tensors[name].isfinite().all():
-            raise ValueError(f"{path}: {name} is {got}, should be finite {want}: {fetch}")
+        if got != want:
+            raise ValueError(f"{path}: {name} is {got}, should be {want}: {fetch}")
+        if not tensors[name].isfinite().all():
+            raise ValueError(f"{path}: {name} has values that are not finite: {fetch}")
     return fold(tensors), digest
 
 
@@ -265,22 +267,25 @@ def inception_score(logits, splits=10, *, shuffle=True):
 # --- statistics ---
 
 
-def accumulate(state, features):
-    """Add features, (n, d), to running statistics (count, mean (d,), scatter (d, d)), or None.
+def merge(a, b):
+    """Return the statistics of the items of both, (count, mean (d,), scatter (d, d)) each.
 
-    float64. Each batch is centred on its own mean and the means are combined (Chan, Golub, LeVeque
-    1983), so a large common offset costs no digits.
+    A scatter is about its own mean, and the means are combined (Chan, Golub, LeVeque 1983), so a
+    large common offset costs no digits.
     """
+    (n, mean, scatter), (m, other, more) = a, b
+    shift, total = other - mean, n + m
+    scatter = scatter + more + shift.outer(shift) * (n * m / total)
+    return total, mean + shift * (m / total), scatter
+
+
+def accumulate(state, features):
+    """Add features, (n, d), to running statistics as `merge` takes them, float64, or None."""
     features = features.double()
-    n, mean = len(features), features.mean(0)
+    mean = features.mean(0)
     centred = features - mean
-    scatter = centred.T @ centred
-    if state is None:
-        return n, mean, scatter
-    count, old_mean, old_scatter = state
-    shift, total = mean - old_mean, count + n
-    scatter = old_scatter + scatter + shift.outer(shift) * (count * n / total)
-    return total, old_mean + shift * (n / total), scatter
+    new = len(features), mean, centred.T @ centred
+    return merge(state, new) if state else new
 
 
 def statistics(state):

@@ -23,6 +23,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from filelock import FileLock, Timeout
+from numpy.random import SeedSequence  # here: NumPy's own late import loses a Ctrl-C
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch.distributed.rendezvous import rendezvous
@@ -39,7 +40,7 @@ def generator(seed, stream, k):
     generators. Its whole state is filled here with a hash of (seed, stream, k).
     """
     key = np.array((seed % 2**64, STREAMS.index(stream), k), np.uint64).view(np.uint32)
-    words = np.random.SeedSequence(key).generate_state(624)
+    words = SeedSequence(key).generate_state(624)
     g = torch.Generator()
     state = g.get_state()
     state.view(torch.int64)[3:627] = torch.from_numpy(words.astype(np.int64))
@@ -314,6 +315,6 @@ def numbers(kind, example, count=None):
 def refuse(why, **flags):
     """Raise ValueError if one of these flags, which would be ignored, was given."""
     for name, value in flags.items():
-        if value not in (None, False):
+        if value is not None and value is not False:
             name = name.replace("_", "-")
             raise ValueError(f"--{name} would be ignored {why}: leave it out")

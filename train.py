@@ -46,6 +46,7 @@ import runtime
 import sample
 import weights
 from runtime import all_gather, refuse, say
+from weights import Method as Method  # what `fit` trains
 from weights import Sampler, checkpoint, checkpoints, dit_method, image_shape, imf_method
 
 LOG_EVERY = 50  # steps
@@ -457,12 +458,13 @@ def fit(
     batches = stream(method, dataset, plan, start, world, parts)
     with runtime.noted_signals() as stopping:
         step, stopped = loop(run, objective, batches, start, every, stopping, after_save)
+    if run.log:
+        run.log.lock.release()
     if stopped:
         say(f"stopped by a signal after step {step}, which is saved: the same command continues")
-        return None
-    if run.log and dataset.kind in data.TENSOR:
+    elif run.log and dataset.kind in data.TENSOR:
         print(folder / f"grid-{step:08}.png", folder / "curve.png")
-    return run.sampler
+    return None if stopped else run.sampler
 
 
 # --- the command line ---
@@ -498,7 +500,7 @@ def parse_arguments(argv):
     args = arguments.parse_args(argv)
     if not args.fid:
         refuse("without --fid", inception=args.inception, count=args.count)
-    if not args.init:
+    if args.init is None:
         refuse("without --init", convention=args.convention)
     return args
 
@@ -535,8 +537,8 @@ def load_dataset(name, size, vae, fid, world):
     if any(side % patch for side in dataset.shape[1:]):
         found = f"{name} holds {dataset.shape}, not divisible by patches of {patch}"
         raise ValueError(f"{found}: choose another --size, or convert with another --resolution")
-    if vae and dataset.kind == "pixels":
-        raise ValueError(f"--vae would be ignored as {name} holds pixels: leave it out")
+    if dataset.kind == "pixels":
+        refuse(f"as {name} holds pixels", vae=vae)
     if fid and not vae and dataset.kind == "latents":
         raise ValueError("--fid needs --vae, sd-vae-ft-mse's file, to decode latents")
     return dataset
@@ -565,6 +567,7 @@ def main(argv, world):
     size, recipe = choose_recipe(args.size, args.batch, args.lr, args.guidance)
     name = args.data or ("digits" if size in ("T/2", "iT/2") else "data/imagenet")
     folder = "digits" if (name, size) == ("digits", "T/2") else size.replace("/", "-")
+    folder = args.out or Path("runs", folder)
     precision = args.precision or ("bfloat16" if torch.cuda.is_available() else "float32")
     dataset = load_dataset(name, size, args.vae, args.fid, world)
     kind, shape, classes = dataset.kind, dataset.shape, dataset.classes
@@ -579,18 +582,17 @@ def main(argv, world):
     else:
         method = dit_method(size, guidance=guidance, **options)
         about |= dict(zip(("omega", "kappa", "interval"), guidance))
-    if args.init:
+    if args.init is not None and not weights.newest(folder):
         taken = partial(weights.start_from, args.init, args.convention, classes, method.init)
         method = method._replace(init=taken)
-    images, vae, score = image_shape(kind, shape), None, None
-    if args.vae:
-        vae = weights.load_vae(args.vae, world.device)
+    vae = None if args.vae is None else weights.load_vae(args.vae, world.device)
+    images, score = image_shape(kind, shape), None
     if args.fid:
         samples = evaluate.Samples(args.count or 50_000, vae=vae and runtime.sha256(args.vae))
         scorer = evaluate.load_scorer(args.fid, args.inception, images, world)
         score = partial(evaluate.score, scorer=scorer, samples=samples, world=world)
     options = dict(about=about, parts=args.accumulate, every=args.save, vae=vae, score=score)
-    sampler = fit(method, dataset, plan, args.out or Path("runs", folder), world, **options)
+    sampler = fit(method, dataset, plan, folder, world, **options)
     if sampler and dataset.name == "digits" and world.rank == 0:
         evaluate.report(sampler, dataset)
 

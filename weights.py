@@ -397,7 +397,7 @@ def dit_method(size, *, channels, classes, guidance=(1.0, 0.0, (0.0, 1.0)), comp
 def imf_method(size, *, channels, classes, kind, compiled=False):
     """Return the Method of improved MeanFlow. size: as of imf.init; kind: of the data."""
     block = dual.compile(imf.block, dynamic=False) if compiled else imf.block
-    config = imf.Config(*imf.SIZES[size], channels, classes, True)
+    config = imf.Config(*imf.SIZES.get(size, size), channels, classes, True)
 
     def loss(params, x, y, draws, equal):
         net = partial(imf.imf, params, block=block)

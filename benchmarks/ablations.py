@@ -3,7 +3,7 @@
     python benchmarks/ablations.py                           run what is missing, on the digits
     python benchmarks/ablations.py --data data/cifar16       on pixels that data.py wrote
     python benchmarks/ablations.py --table                   print all results as Markdown
-    python benchmarks/ablations.py --plot ablations.png      draw them (needs matplotlib)
+    python benchmarks/ablations.py --plot ablations.png      draw them
 
 Each run trains a small DiT of 16 tokens from a seed, always for the same number of steps, with one
 choice changed, and judges 1,000 one-step samples of its averaged weights. A run is a line of JSON
@@ -30,6 +30,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from matplotlib.figure import Figure
 from step import processor
 from torch import nn
 from torch.multiprocessing import get_context
@@ -41,6 +42,7 @@ import dual
 import fid
 import meanflow
 import model
+import runtime
 import sample
 import train
 
@@ -176,24 +178,25 @@ def along(net, tangent):
 
 def fit(dataset, setting, seed, steps, watch=lambda *_: None):
     """Train from this seed. Return (net of the averaged weights, or None if not finite)."""
-    recipe, (channels, side, _) = train.RECIPES["T/2"], dataset.shape
+    plan = train.make_plan(train.RECIPES["T/2"], len(dataset.items), steps, seed)
+    channels, side, _ = dataset.shape
     size, classes = (64, 4, side // 4), len(dataset.classes)
-    g = data.generator(seed, "init", 0)
+    g = runtime.generator(seed, "init", 0)
     params, conditioned = parameters(setting, size, channels, classes, g)
     params = {name: nn.Parameter(p) for name, p in params.items()}
     ema = {name: p.detach().clone() for name, p in params.items()}
-    adam = torch.optim.Adam(params.values(), recipe.lr, betas=(0.9, 0.95), fused=True)
+    adam = torch.optim.Adam(params.values(), plan.lr, betas=(0.9, 0.95), fused=True)
     state = train.State(params, ema, adam)
     net, jvp = along(partial(model.dit, params, condition=conditioned), setting.tangent)
     guidance = dict(omega=setting.omega, kappa=setting.kappa, interval=setting.interval)
-    equal = int(setting.share * recipe.batch)
+    equal = int(setting.share * plan.batch)
     for step in range(1, steps + 1):
-        x, y = data.batch(dataset, recipe.batch, seed=seed, step=step)
-        draws = draw(setting, x.shape, data.generator(seed, "draws", step))
+        x, y = data.batch(dataset, plan.batch, seed=seed, step=step)
+        draws = draw(setting, x.shape, runtime.generator(seed, "draws", step))
         options = dict(null=classes, p=setting.p, equal=equal, **guidance)
         rows, raw = meanflow.fast_loss(net, x, y, draws, jvp=jvp, **options)
         rows.mean().backward()
-        norm = train.update(state, recipe, step)
+        norm = train.update(state, plan, step)
         watch(step, draws, raw, state)
         if not norm.isfinite():
             return None
@@ -348,7 +351,7 @@ def run_all(args):
 
 def machine():
     """Return what a line says of where it was made."""
-    commit = train.commit() or ""
+    commit = runtime.commit() or ""
     commit = commit[:12] + "+" * commit.endswith("+")
     return {"commit": commit, "torch": torch.__version__, "machine": processor()}
 
@@ -418,13 +421,9 @@ def table(lines):
 
 def plot(lines, path):
     """Draw each table's distances, in those of the default or first row, and the paper's."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     names = list(dict.fromkeys(line["data"] for line in lines))
-    figure, axes = pyplot.subplots(2, 4, figsize=(16, 7), layout="constrained")
+    figure = Figure((16, 7), layout="constrained")
+    axes = figure.subplots(2, 4)
     for axis, (title, rows) in zip(axes.flat, TABLES.items()):
         labels, hows, published = zip(*[row for row in rows if row[1] != REAL])
         base = {} if {} in hows else hows[0]

@@ -1,7 +1,7 @@
 """Two figures on the digits: how many steps are needed, and what a run's errors look like.
 
     python benchmarks/curves.py                            run what is missing, into curves.jsonl
-    python benchmarks/curves.py --plot steps.png errors.png      draw both (needs matplotlib)
+    python benchmarks/curves.py --plot steps.png errors.png      draw both
 
 Steps: MeanFlow beside plain flow matching (p = 0) of the same network and data in the same time, by
 Euler's and by Heun's method, judged as in ablations.py by the number of evaluations of the network.
@@ -19,10 +19,12 @@ from pathlib import Path
 import ablations
 import torch
 from ablations import Setting, draw_samples, fit, judge, train_classifier
+from matplotlib.figure import Figure
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import data
 import meanflow
+import runtime
 
 RESULTS = Path(__file__).with_name("curves.jsonl")
 EVALUATIONS = (1, 2, 4, 8, 16, 32, 64)
@@ -83,7 +85,7 @@ def target_variance(net, dataset, rows=2000):
     velocity, and so another target; half of their squared distance is the variance.
     """
     x, labels = ablations.all_images(dataset)
-    g = data.generator(0, "samples", 0)
+    g = runtime.generator(0, "samples", 0)
     chosen = torch.randint(len(x), (rows,), generator=g)
     e, t, r, _ = meanflow.draw((rows, *dataset.shape), generator=g, share=0.5)
     z, v = meanflow.interpolate(x[chosen], e, t)
@@ -150,9 +152,10 @@ def run_all(steps, seeds):
     ablations.run_missing(run, todo, RESULTS, ablations.machine(), ("digits", features))
 
 
-def plot_steps(pyplot, lines, path):
+def plot_steps(lines, path):
     """Draw the distances by number of evaluations, mean and deviation over seeds."""
-    figure, axes = pyplot.subplots(1, 2, figsize=(11, 4), layout="constrained")
+    figure = Figure((11, 4), layout="constrained")
+    axes = figure.subplots(1, 2)
     for axis, metric in zip(axes, ("pixels", "features")):
         for name, (*_, evaluations) in METHODS.items():
             found = [[line[name][str(n)][metric] for line in lines] for n in evaluations]
@@ -165,9 +168,10 @@ def plot_steps(pyplot, lines, path):
     figure.savefig(path, dpi=80)
 
 
-def plot_errors(pyplot, lines, path):
+def plot_errors(lines, path):
     lines = {line["errors"]: line for line in lines}
-    figure, axes = pyplot.subplots(1, 5, figsize=(19, 4), layout="constrained")
+    figure = Figure((19, 4), layout="constrained")
+    axes = figure.subplots(1, 5)
     maps = lines["25 %"]["maps"]
     for axis, means, when in zip(axes, maps, ("first", "middle", "last")):
         grid = torch.tensor([[m or torch.nan for m in row] for row in means])
@@ -202,15 +206,10 @@ def main(argv=None):
     args = parser.parse_args(argv)
     if not args.plot:
         return run_all(args.steps, args.seeds)
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     wanted = set(map(key, jobs(args.steps, args.seeds)))
     lines = [line for line in ablations.read(RESULTS) if key(line) in wanted]
-    plot_steps(pyplot, [line for line in lines if "errors" not in line], args.plot[0])
-    plot_errors(pyplot, [line for line in lines if "errors" in line], args.plot[1])
+    plot_steps([line for line in lines if "errors" not in line], args.plot[0])
+    plot_errors([line for line in lines if "errors" in line], args.plot[1])
 
 
 if __name__ == "__main__":

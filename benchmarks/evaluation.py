@@ -16,10 +16,12 @@ import scipy.linalg
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-import data  # noqa: E402
 import fid  # noqa: E402
 import model  # noqa: E402
+import runtime  # noqa: E402
 import sample  # noqa: E402
+import vae  # noqa: E402
+import weights  # noqa: E402
 
 
 def random_tensors(shapes):
@@ -61,11 +63,13 @@ def parts(device, batch):
 
     def xl():
         params = to(model.init("XL/2", generator=torch.Generator().manual_seed(0)), device)
-        return partial(sample.generate, params, torch.arange(batch), (4, 32, 32))
+        names = [str(k) for k in range(1000)]
+        sampler = weights.Sampler(params, weights.dit_net, names, "latents", (4, 32, 32))
+        return partial(sample.generate, sampler, torch.arange(batch))
 
-    def vae(half, dtype, layout, channels, side):
-        vae = to(random_tensors(data.vae_shapes()), device, dtype, layout)
-        return partial(half, vae, images(channels, side))
+    def coder(half, dtype, layout, channels, side):
+        params = to(random_tensors(vae.shapes()), device, dtype, layout)
+        return partial(half, params, images(channels, side))
 
     def inception(network):
         params = fid.fold(to(random_tensors(fid.inception_shapes()), device))
@@ -78,8 +82,8 @@ def parts(device, batch):
         layouts[", weights not channels last"] = torch.contiguous_format
     for way, layout in layouts.items():
         for dtype in (torch.float32, torch.bfloat16):
-            yield f"VAE, encoding, {dtype}{way}", partial(vae, data.encode, dtype, layout, 3, 256)
-            yield f"VAE, decoding, {dtype}{way}", partial(vae, data.decode, dtype, layout, 4, 32)
+            yield f"VAE, encoding, {dtype}{way}", partial(coder, vae.encode, dtype, layout, 3, 256)
+            yield f"VAE, decoding, {dtype}{way}", partial(coder, vae.decode, dtype, layout, 4, 32)
     yield "Inception, float32", partial(inception, fid.network)
     if device.type == "cuda":
         yield "Inception, float32, compiled", partial(inception, torch.compile(fid.network))
@@ -118,7 +122,7 @@ def main(argv=None):
     parser.add_argument("--seconds", type=float, default=20.0, help="for each figure")
     args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
-    device = data.pick_device(0)
+    device = runtime.pick_device(0)
     name = torch.cuda.get_device_name() if device.type == "cuda" else f"{args.threads} threads"
     batch = 100 if device.type == "cuda" else 4
     print(

@@ -13,6 +13,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import data  # noqa: E402
+import runtime  # noqa: E402
 import train  # noqa: E402
 
 
@@ -48,7 +49,10 @@ def measure(folder, batch=256):
         f"{time.perf_counter() - began:.1f} s; torch {torch.__version__}; "
         f"items/s at batch {batch}, one thread:"
     )
-    batches = train.stream(dataset, batch, 0, 0, data.World(0, 1, torch.device("cpu")))
+    channels, *_ = dataset.shape
+    method = train.dit_method("B/2", channels=channels, classes=len(dataset.classes))
+    plan = train.Plan(lr=1e-4, batch=batch, steps=1)
+    batches = train.stream(method, dataset, plan, 0, runtime.World())
     for name, step in {
         "batches alone": lambda k: data.batch(dataset, batch, seed=0, step=k),
         "with noise and times, made ahead, as training takes them": lambda k: next(batches),

@@ -31,9 +31,16 @@ def shapes(size):
     return model.shapes(model.Config(*model.SIZES[size], 4, 1000))
 
 
+def method(size):
+    if size in imf.SIZES:
+        return train.imf_method(size, channels=4, classes=1000, kind="latents")
+    guidance = train.RECIPES[size].guidance
+    return train.dit_method(size, channels=4, classes=1000, guidance=guidance)
+
+
 def kept(size, batch, device="cpu"):
     """Return the bytes that a guided step's loss keeps for its backward pass, beside parameters."""
-    storages = {}
+    storages, loss = {}, method(size).loss
 
     def pack(tensor):
         storage = tensor.untyped_storage()
@@ -46,7 +53,7 @@ def kept(size, batch, device="cpu"):
             for name, shape in shapes(size).items()
         }
         owned = {p.untyped_storage()._cdata for p in params.values()}
-        objective = train.Objective(params, train.RECIPES[size], False, "bfloat16")
+        objective = train.Objective(loss, params, "bfloat16")
         x = torch.empty(batch, 4, 32, 32, device=device)
         t, y = (
             torch.empty(batch, device=device),

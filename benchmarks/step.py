@@ -42,9 +42,9 @@ import dual
 import imf
 import meanflow
 import model
-import sample
+import weights
 
-SIZES = {"S/2": (384, 12, 2), **model.SIZES, "iS/2": (384, 4, 8, 2), **imf.SIZES}
+SIZES = {**model.SIZES, "iS/2": (384, 4, 8, 2), **imf.SIZES}
 SIZES["UNet"] = (64, 128, 128)  # channels at 1, 1/2 and 1/4 of the height
 CLASSES = 1000
 
@@ -507,7 +507,7 @@ def trained(path, batch, device):
     how = "train one with python train.py --out"
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist: {how} {path}")
-    found, digits = sample.load(path, device), data.digits()
+    found, digits = weights.load(path, device), data.digits()
     if found.guidance or found.shape != digits.shape:
         raise ValueError(f"{path} is not a DiT of the digits: {how} runs/digits")
     x, y = data.batch(digits, batch, seed=0, step=0)
@@ -571,12 +571,12 @@ def main(argv=None):
     add("--profile", action="store_true", help="list the kernels of each")
     add("--limit", type=float, default=600, help="seconds to compile one, at most")
     add("--derivative", action="store_true", help="ways to get du/dt instead of steps")
-    weights = "for --derivative, a run of train.py or its ema-STEP.safetensors"
+    what = "for --derivative, a run of train.py or its ema-STEP.safetensors"
     add(
         "--weights",
         type=Path,
         default=Path("runs/digits"),
-        help=f"{weights} (default: %(default)s)",
+        help=f"{what} (default: %(default)s)",
     )
     args = parser.parse_args(argv)
     args.batch = args.batch or (512 if args.derivative else 8)

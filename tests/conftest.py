@@ -1,11 +1,11 @@
 import os
-import signal
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import Phase, settings
 from PIL import Image
+from processes import kill_all
 
 # test_gpu.py needs a GPU; GPU=cpu runs what a CPU can run of it.
 HAS_GPU = torch.cuda.is_available() or os.environ.get("GPU")
@@ -14,6 +14,14 @@ collect_ignore = [] if HAS_GPU else ["test_gpu.py"]
 
 def pytest_report_header():
     return [] if HAS_GPU else "no GPU: tests/test_gpu.py is left out"
+
+
+def pytest_runtest_teardown():
+    kill_all()
+
+
+def pytest_sessionfinish():
+    kill_all()
 
 
 @pytest.fixture(autouse=True)
@@ -46,15 +54,6 @@ settings.register_profile(
     report_multiple_bugs=False,
 )
 settings.load_profile("default")
-
-
-@pytest.fixture(autouse=True)
-def sigterm():
-    """Undo the handlers that training sets."""
-    before = [(number, signal.getsignal(number)) for number in (signal.SIGTERM, signal.SIGINT)]
-    yield
-    for number, handler in before:
-        signal.signal(number, handler)
 
 
 def paint(folder, classes, each, side=None):

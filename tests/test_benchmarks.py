@@ -32,7 +32,9 @@ def test_memory_is_what_real_tensors_keep():
             storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
         return tensor
 
-    objective = train.Objective(params, train.RECIPES["T/2"], False, "bfloat16")
+    guidance = train.RECIPES["T/2"].guidance
+    method = train.dit_method("T/2", channels=4, classes=1000, guidance=guidance)
+    objective = train.Objective(method.loss, params, "bfloat16")
     x, y = torch.randn(8, 4, 32, 32, generator=g), torch.arange(8)
     draws = meanflow.draw(x.shape, generator=g)
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):

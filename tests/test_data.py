@@ -15,12 +15,13 @@ from conftest import paint
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
-from processes import LAUNCH, ROOT, fails, finish, fork, run, start
+from processes import LAUNCH, ROOT, fails, finish, fork, start
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch.utils.data import ConcatDataset
 
 import data
+import runtime
 
 seeds = st.integers(0, 2**20)
 slow = pytest.mark.slow  # starts processes
@@ -136,6 +137,24 @@ def test_a_latent_is_a_fresh_sample_of_its_posterior_or_of_its_mirror_images():
     assert len((noise * 1e3).round().unique(dim=0)) == 400  # one for each visit
 
 
+def test_latents_are_shifted_and_scaled_by_channel():
+    dataset = numbered("latents")
+    shift, scale = torch.tensor([0.0, 1.0, -2.0, 3.0])[:, None, None], torch.tensor(0.5)
+    plain, _ = data.batch(dataset, 9, seed=2, step=4, latents=(0.0, 1.0))
+    x, _ = data.batch(dataset, 9, seed=2, step=4, latents=(shift, scale))
+    assert (x - (plain - shift) * scale).abs().max() < 1e-5
+
+
+def test_a_condition_may_be_any_nest_of_tensors():
+    numbers = torch.arange(1797)
+    y = {"text": (numbers, numbers[:, None].expand(-1, 7)), "mask": numbers % 2 == 0}
+    x, found = data.batch(data.digits()._replace(labels=y), 8, seed=1, step=230, rank=1, world=2)
+    rows = data.epoch_indices(1797, 8, seed=1, step=230)[1::2]
+    assert torch.equal(x, data.digits().items[rows]) and torch.equal(found["text"][0], rows)
+    assert torch.equal(found["text"][1], rows[:, None].expand(-1, 7))
+    assert torch.equal(found["mask"], rows % 2 == 0)
+
+
 def test_without_mirror_images_every_item_is_seen_as_it_is():
     images = data.digits().items
     x, _ = data.batch(data.digits(), 1797, seed=0, step=0)
@@ -215,7 +234,7 @@ LEFT_OUT = ["class0/4.jpg", "class1/notes.txt", "class2/0.jpg"]
 def convert(pictures, out, *flags):
     """Make small shards in this process, and return what is printed."""
     with mock.patch.object(data, "SHARD", 4), redirect_stdout(io.StringIO()) as printed:
-        data.main([str(pictures), str(out), "--resolution", "16", *flags], data.World())
+        data.main([str(pictures), str(out), "--resolution", "16", *flags], runtime.World())
     return printed.getvalue()
 
 
@@ -288,7 +307,7 @@ def test_a_conversion_killed_again_and_again_continues(pictures, shards, tmp_pat
 @slow
 def test_two_processes_convert_the_same(pictures, shards, tmp_path):
     path = f"import sys; sys.path.insert(0, {str(ROOT)!r})"
-    script = f"{path}; import data; data.SHARD = 4; data.launch(data.main)"
+    script = f"{path}; import data, runtime; data.SHARD = 4; runtime.launch(data.main)"
     (tmp_path / "script.py").write_text(script)
     words = tmp_path / "script.py", pictures, tmp_path / "data", "--resolution", "16"
     [printed] = finish(start(*LAUNCH, 2, *words))
@@ -327,7 +346,7 @@ def test_a_damaged_shard_is_made_again(pictures, shards, tmp_path):
 
 
 def test_without_resolution_pixels_keep_the_size_of_the_first(pictures, tmp_path, capsys):
-    data.main([str(pictures), str(tmp_path / "data")], data.World())
+    data.main([str(pictures), str(tmp_path / "data")], runtime.World())
     first = Image.open(sorted(pictures.rglob("*.jpg"))[0])
     assert data.load_data(tmp_path / "data").shape == (3, min(first.size), min(first.size))
 
@@ -360,36 +379,13 @@ def test_mirror_images_are_in_the_index_and_in_latents(
     (tmp_path / "vae").write_text("x")
     words = [str(pictures), str(tmp_path / "data"), "--vae", str(tmp_path / "vae")]
     words += ["--resolution", "16"]
-    data.main([*words, *flags], data.World())
+    data.main([*words, *flags], runtime.World())
     dataset = data.load_data(tmp_path / "data")
     assert dataset.mirror == (views == 2) and dataset.items[0].shape == (views, 2, 1, 2, 2)
     convert(pictures, tmp_path / "pixels", *flags)
     assert data.load_data(tmp_path / "pixels").mirror == dataset.mirror
     other = [] if flags else ["--no-mirror"]
     assert "choose another OUT" in fails(monkeypatch, "data.py", *words[:2], *other)
-
-
-def test_files_lock_where_there_is_no_fcntl(tmp_path):
-    """On Windows, whose module msvcrt a stand-in replaces here."""
-    (tmp_path / "msvcrt.py").write_text(
-        "LK_NBLCK = 2\nheld = []\n"
-        "def locking(number, mode, size):\n"
-        "    if held:\n        raise PermissionError(13, 'Permission denied')\n"
-        "    held.append((number, mode, size))\n"
-    )
-    code = (
-        "import subprocess, sys, torch\n"
-        "sys.path.insert(0, sys.argv[2])\n"
-        "sys.modules['fcntl'] = None\n"
-        "import data, pathlib, msvcrt\n"
-        "folder = pathlib.Path(sys.argv[1])\n"
-        "lock = data.lock_folder(folder)\n"
-        "assert msvcrt.held == [(lock.fileno(), 2, 1)]\n"
-        "try:\n    data.lock_folder(folder)\n"
-        "except ValueError as error:\n    print(error)\n"
-    )
-    printed = run("-c", code, tmp_path / "folder", tmp_path)
-    assert f"another process is writing to {tmp_path / 'folder'}: wait" in printed
 
 
 # --- bad input ---
@@ -435,7 +431,7 @@ def test_files_lock_where_there_is_no_fcntl(tmp_path):
             [],
             "class1 holds no image: put its images there, or delete it",
         ),
-        (lambda folder: None, ["--resolution", "0"], "--resolution 0: give a number above 0"),
+        (lambda folder: None, ["--resolution", "0"], "argument --resolution: 0: give 1 or more"),
         (
             lambda folder: None,
             ["--resolution", "big"],
@@ -491,31 +487,19 @@ def test_an_index_of_something_else_is_left_alone(monkeypatch, pictures, shards,
     with pytest.raises(
         ValueError, match="index.json is not an index that data.py wrote: choose another"
     ):
-        data.main([str(pictures), str(folder), "--resolution", "16"], data.World())
+        data.main([str(pictures), str(folder), "--resolution", "16"], runtime.World())
     assert (folder / "index.json").read_text(encoding="latin-1") == text
 
 
-def test_locking_a_folder_sweeps_up_leftovers_and_nothing_else(tmp_path):
-    leftovers = ["meanflow-tmp-ema-00000010.safetensors", ".tmpAb12cD"]
-    others = ["tmp-notes.txt", "tmp.png", ".tmp", "ema-00000010.safetensors"]
-    for name in leftovers + others:
-        (tmp_path / name).write_text("x")
-    for name in ("meanflow-tmp-mine", ".tmp123456"):
-        (tmp_path / name).mkdir()
-    data.lock_folder(tmp_path).close()
-    kept = {path.name for path in tmp_path.iterdir()}
-    assert kept == {*others, "meanflow-tmp-mine", ".tmp123456", ".lock"}
-
-
 def test_two_conversions_do_not_write_to_one_folder(monkeypatch, pictures, tmp_path):
-    lock = data.lock_folder(tmp_path / "data")
+    lock = runtime.lock_folder(tmp_path / "data")
     with pytest.raises(
         ValueError,
         match="another process is writing to .*data: wait until it ends, or choose another fol",
     ):
-        data.main([str(pictures), str(tmp_path / "data"), "--resolution", "16"], data.World())
-    lock.close()
-    data.main([str(pictures), str(tmp_path / "data"), "--resolution", "16"], data.World())
+        data.main([str(pictures), str(tmp_path / "data"), "--resolution", "16"], runtime.World())
+    lock.release()
+    data.main([str(pictures), str(tmp_path / "data"), "--resolution", "16"], runtime.World())
 
 
 def test_what_cropping_would_spoil_is_left_out(tmp_path):
@@ -565,15 +549,6 @@ def test_links_to_folders_are_followed_but_not_in_circles(tmp_path):
     assert names == ["a/b/1.png", "a/linked/2.png"]
 
 
-def test_a_disk_without_locks_is_named(monkeypatch, tmp_path):
-    def unsupported(*_):
-        raise OSError(37, "No locks available")
-
-    monkeypatch.setattr(data, "flock", unsupported)
-    with pytest.raises(OSError, match=f"{tmp_path} cannot be locked .*No locks.*: choose one on a"):
-        data.lock_folder(tmp_path)
-
-
 def test_shards_are_read_from_the_folder_alone(shards, tmp_path):
     """An index that names a file elsewhere, with its checksum, finds none."""
     folder = shutil.copytree(shards[0], tmp_path / "data")
@@ -586,17 +561,6 @@ def test_shards_are_read_from_the_folder_alone(shards, tmp_path):
     (folder / "index.json").write_text(json.dumps(index))
     with pytest.raises(FileNotFoundError, match=f"data/{SECOND} is not a file"):
         data.load_data(folder)
-
-
-def test_more_processes_than_gpus(monkeypatch):
-    current = []
-    monkeypatch.setattr(torch.cuda, "set_device", current.append)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
-    assert data.pick_device(1) == torch.device("cpu")
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    assert data.pick_device(1) == torch.device("cuda", 1) and current == [1]
-    with pytest.raises(ValueError, match="process 2 has no GPU: give --nproc-per-node 2 or fewer"):
-        data.pick_device(2)
 
 
 def rewrite(path, **tensors):
@@ -719,38 +683,3 @@ def test_damaged_shards(monkeypatch, shards, tmp_path, kind):
         "1",
     )
     assert words in message and str(folder) in message and not (tmp_path / "run").exists()
-
-
-# --- random numbers ---
-
-
-def test_the_cpu_generator_takes_no_more_than_32_bits_of_a_seed():
-    """This is why `generator` fills its whole state."""
-    a, b = (torch.rand(3, generator=torch.Generator().manual_seed(s)) for s in (5, 5 + 2**32))
-    assert (a == b).all()
-
-
-@given(seeds, st.integers(0, 2**40))
-def test_random_numbers_of_different_things_differ(seed, k):
-    """Also of seeds 2,584 or 2^32 apart, which shared streams while a seed had 32 bits."""
-    seeds, places = (seed, seed + 1, seed + 2584, seed + 2**32), (*range(k, k + 5), k + 2**32)
-    keys = [(seed, stream, place) for seed in seeds for stream in data.STREAMS for place in places]
-    firsts = [tuple(torch.rand(4, generator=data.generator(*key)).tolist()) for key in keys]
-    assert len(set(firsts)) == len(keys)
-    assert firsts[7] == tuple(torch.rand(4, generator=data.generator(*keys[7])).tolist())
-
-
-@given(seeds, st.integers(0, 2**40))
-def test_random_numbers_are_those_of_numpys_mersenne_twister_in_the_same_state(seed, k):
-    """So all 624 words lie where torch keeps them, and the first number is made from them."""
-    halves = [part for number in (seed, 4, k) for part in (number % 2**32, number // 2**32)]
-    twister, words = np.random.RandomState(), np.random.SeedSequence(halves).generate_state(624)
-    twister.set_state(("MT19937", words, 624))
-    want = torch.from_numpy(twister.randint(2**32, size=1500, dtype=np.uint64).astype(np.int64))
-    g = data.generator(seed, data.STREAMS[4], k)
-    assert torch.equal(torch.randint(2**20, (1500,), generator=g), want % 2**20)
-
-
-def test_a_seed_may_be_negative():
-    a, b = (torch.rand(3, generator=data.generator(seed, "init", 0)) for seed in (-1, 1))
-    assert (a != b).all()

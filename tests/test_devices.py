@@ -10,13 +10,16 @@ from functools import partial
 import pytest
 import torch
 
-import data
 import dual
+import evaluate
 import fid
+import imf
 import meanflow
 import model
 import sample
 import train
+import vae
+import weights
 
 META = torch.device("meta")
 
@@ -57,10 +60,23 @@ def test_the_losses():
 
 def test_a_training_step():
     params = {name: torch.nn.Parameter(p) for name, p in dit().items()}
-    objective = train.Objective(params, train.RECIPES["XL/2"], False)
-    loss, rows = objective(*batch(), 6)
+    guidance = train.RECIPES["XL/2"].guidance
+    method = train.dit_method("XL/2", channels=4, classes=10, guidance=guidance)
+    loss, rows = train.Objective(method.loss, params)(*batch(), 6)
     loss.backward()
     assert rows.shape == (8, 4) and rows.device == META
+
+
+def test_a_training_step_of_imf():
+    config = imf.Config(128, 1, 1, 2, 4, 10, True)
+    params = {name: torch.nn.Parameter(p) for name, p in meta(imf.shapes(config)).items()}
+    x, y, draws = batch()
+    draws = imf.Draws(*draws, *3 * [draws.t])
+    method = train.imf_method("iB/2", channels=4, classes=10, kind="latents")
+    loss, rows = train.Objective(method.loss, params)(x, y, draws, 6)
+    loss.backward()
+    assert rows.shape == (8, 5) and rows.device == META
+    assert all(p.grad.device == META for p in params.values())
 
 
 def test_sampling():
@@ -69,16 +85,21 @@ def test_sampling():
     y = torch.empty(3, dtype=torch.int64, device=META)
     for steps in (1, (1, 0.5, 0)):
         assert meanflow.sample(partial(model.dit, params), e, y, steps).device == META
-    assert sample.generate(params, [1, 2, 3], (4, 8, 8), steps=2).device == META
-    x = sample.to_uint8(e, sample.ImageModel(params, "latents", (4, 8, 8), meta(data.vae_shapes())))
-    assert x.device == META and x.shape == (3, 3, 64, 64)
+    classes, decoder = [str(k) for k in range(10)], meta(vae.shapes())
+    sampler = weights.Sampler(params, weights.dit_net, classes, "latents", (4, 8, 8), vae=decoder)
+    for labels in (y, torch.tensor([1, 2, 3])):
+        assert sample.generate(sampler, labels, steps=2).device == META
+    shift, scale = (a.to(META) for a in imf.normalization())
+    for made in (sampler, sampler._replace(shift=shift, scale=scale)):
+        x = sample.to_uint8(e, made)
+        assert x.device == META and x.shape == (3, 3, 64, 64)
 
 
 def test_the_vae():
-    vae = meta(data.vae_shapes())
+    params = meta(vae.shapes())
     images = torch.empty(2, 3, 32, 32, device=META)
-    mean, deviation = data.encode(vae, images)
-    assert mean.device == deviation.device == data.decode(vae, mean).device == META
+    mean, deviation = vae.encode(params, images)
+    assert mean.device == deviation.device == vae.decode(params, mean).device == META
 
 
 def test_inception():
@@ -89,3 +110,4 @@ def test_inception():
         assert features.device == logits.device == META
     state = fid.accumulate(fid.accumulate(None, features), features)
     assert state[1].device == state[2].device == META
+    assert evaluate.pixels(images)[0].device == META

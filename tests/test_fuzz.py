@@ -21,10 +21,13 @@ from safetensors.torch import save_file
 from test_path import SMALL
 
 import data
+import evaluate
 import fid
 import model
-import sample
+import runtime
 import train
+import vae
+import weights
 
 pytestmark = pytest.mark.slow
 VARIANTS = int(os.environ.get("FUZZ", 200))
@@ -56,8 +59,8 @@ def damaged(content, chance):
     return bytes(content)
 
 
-def parameters(path=None):
-    g = torch.Generator().manual_seed(0)
+def parameters(generator=None):
+    g = generator or torch.Generator().manual_seed(0)
     params = model.init((64, 1, 2), channels=1, classes=10, generator=g)
     return {name: p + 0.05 * torch.randn(p.shape, generator=g) for name, p in params.items()}
 
@@ -83,12 +86,12 @@ def checkpoint(folder, suffix=".safetensors"):
 
 
 def use_checkpoint(path):
-    sample.load(path)
-    train.warm_start(parameters(), path, None, list("abcdefghij"))
+    weights.load(path)
+    weights.start_from(path, None, list("abcdefghij"), parameters, generator=torch.Generator())
 
 
 def use_pickle(path):
-    train.warm_start(parameters(), path, None, list("abcdefghij"))
+    weights.start_from(path, None, list("abcdefghij"), parameters, generator=torch.Generator())
 
 
 def state():
@@ -100,7 +103,7 @@ def state():
 
 
 def saved_state(folder):
-    train.save_checkpoint(folder, 7, state(), {"kind": "pixels"})
+    weights.save_checkpoint(folder, 7, train.saved_tensors(state()), {"kind": "pixels"})
     return folder / "state-00000007.safetensors"
 
 
@@ -109,7 +112,7 @@ def averages(folder):
 
 
 def use_state(path):
-    train.restore(path.parent, 7, state())
+    weights.restore(path.parent, 7, train.saved_tensors(state()))
 
 
 def log(folder):
@@ -124,10 +127,26 @@ def use_log(path):
         json.loads(line)
 
 
+def scores(folder):
+    path = folder / "scores.jsonl"
+    for k in range(3):
+        runtime.append_line(path, {"fid": k / 3, "weights": f"x sha256 {k}"})
+    return path
+
+
+def use_scores(path):
+    """What is appended to a damaged file is read again, after all that was read before."""
+    before, line = runtime.read_lines(path), {"fid": 2.0}
+    runtime.append_line(path, line)
+    assert runtime.read_lines(path) == [*before, line]
+    if not before:
+        raise ValueError(f"{path} holds no scores")
+
+
 def shards(folder):
     if not (folder / "index.json").exists():
         paint(folder.parent / "images", 2, 3, 16)
-        data.main([str(folder.parent / "images"), str(folder)], data.World())
+        data.main([str(folder.parent / "images"), str(folder)], runtime.World())
     return folder / "shard-00000.safetensors"
 
 
@@ -140,10 +159,10 @@ def use_shards(path):
     return dataset.labels.tolist(), torch.stack([*dataset.items]).flatten().tolist()
 
 
-def vae(folder):
+def vae_file(folder):
     g = torch.Generator().manual_seed(0)
     save_file(
-        {name: torch.randn(shape, generator=g) for name, shape in data.vae_shapes().items()},
+        {name: torch.randn(shape, generator=g) for name, shape in vae.shapes().items()},
         folder / "vae.safetensors",
     )
     return folder / "vae.safetensors"
@@ -167,7 +186,7 @@ def npz_images(folder):
 
 
 def use_npz_images(path):
-    return torch.stack([*fid.load_images(path)]).tolist()
+    return torch.stack([*evaluate.load_images(path)]).tolist()
 
 
 def npz_statistics(folder):
@@ -176,7 +195,7 @@ def npz_statistics(folder):
 
 
 def use_npz_statistics(path):
-    if (found := fid.load_statistics(path)) is not None:
+    if (found := evaluate.load_statistics(path)) is not None:
         return [value.tolist() for value in found]
     return use_npz_images(path)
 
@@ -202,9 +221,10 @@ FILES = {  # make, use, whether a checksum is known, so that the result must be 
     "state": (saved_state, use_state, False),
     "averages": (averages, use_state, False),
     "log": (log, use_log, False),
+    "scores": (scores, use_scores, False),
     "shard": (shards, use_shards, True),
     "index": (index, use_shards, True),
-    "vae": (vae, data.load_vae, False),
+    "vae": (vae_file, weights.load_vae, False),
     "inception": (inception, fid.load_inception, False),
     "published inception": (published_inception, fid.load_inception, True),
     "images in an npz": (npz_images, use_npz_images, True),
@@ -221,7 +241,7 @@ FILES = {  # make, use, whether a checksum is known, so that the result must be 
 @pytest.mark.parametrize("name", FILES)
 @pytest.mark.filterwarnings("ignore")
 def test_damaged_files(monkeypatch, tmp_path, name):
-    monkeypatch.setattr(data, "WIDTHS", SMALL)
+    monkeypatch.setattr(vae, "WIDTHS", SMALL)
     monkeypatch.setattr(fid, "BLOCKS", fid.BLOCKS[:2])
     make, use, known = FILES[name]
     folder = tmp_path / "folder"

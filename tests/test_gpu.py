@@ -14,17 +14,20 @@ import test_inception
 import test_model
 import torch
 import torch.nn.functional as F
-from processes import LAUNCH, ROOT, finish
+from processes import ENVIRONMENT, LAUNCH, finish, start
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-import data
 import dual
+import evaluate
 import fid
 import imf
 import meanflow
 import model
 import sample
 import train
+import vae
+import weights
+from runtime import World
 
 pytestmark = pytest.mark.slow
 DEVICE = torch.device(os.environ.get("GPU", "cuda"))
@@ -88,7 +91,12 @@ def objective(size, compiled, precision):
     x, y = torch.randn(16, 4, 16, 16, generator=g), torch.arange(16) % 10
     draws = draw(x.shape, generator=g)
     draws = type(draws)(*(d.to(DEVICE) for d in draws))
-    made = train.Objective(w, train.RECIPES[size], compiled, precision)
+    options = dict(channels=4, classes=10, compiled=compiled)
+    if improved:
+        method = train.imf_method(size, kind="latents", **options)
+    else:
+        method = train.dit_method(size, guidance=train.RECIPES[size].guidance, **options)
+    made = train.Objective(method.loss, w, precision)
     return made, w, (x.to(DEVICE), y.to(DEVICE), draws, equal)
 
 
@@ -113,8 +121,8 @@ def test_a_compiled_step_is_the_eager_one(size, precision, tolerance):
 
 def run(folder, *flags, steps):
     words = ["--batch", "16", "--save", "2", "--steps", str(steps), "--out", str(folder), *flags]
-    with mock.patch.object(train, "report", lambda *_: None):
-        train.main(words, data.World(0, 1, DEVICE))
+    with mock.patch.object(evaluate, "report", lambda *_: None):
+        train.main(words, World(0, 1, DEVICE))
     lines = (folder / "log.jsonl").read_text().splitlines()[1:]
     return [json.loads(line)["raw_equal"] for line in lines]
 
@@ -125,20 +133,17 @@ def test_a_run_goes_on_and_parts_make_no_difference(tmp_path):
     run(tmp_path / "half", steps=4)
     assert run(tmp_path / "half", steps=6) == pytest.approx(whole, rel=1e-2)
     assert run(tmp_path / "parts", "--accumulate", "4", steps=6) == pytest.approx(whole, rel=1e-2)
-    found = sample.load(tmp_path / "whole", DEVICE)
-    x = sample.generate(found.params, [3, 1, 4], found.shape)
-    cpu = sample.load(tmp_path / "whole")
-    assert relative(x, sample.generate(cpu.params, [3, 1, 4], found.shape)) < 1e-2
+    gpu, cpu = (weights.load(tmp_path / "whole", device) for device in (DEVICE, "cpu"))
+    labels = torch.tensor([3, 1, 4])
+    assert relative(sample.generate(gpu, labels), sample.generate(cpu, labels)) < 1e-2
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="NCCL needs two GPUs")
 def test_two_gpus_train_the_run_of_one(tmp_path):
     words = "train.py --batch 16 --save 2 --steps 6 --out".split()
-    from subprocess import PIPE, Popen
-    from sys import executable
-
-    command = [executable, *LAUNCH, "2", *words, str(tmp_path / "two")]
-    finish(Popen(command, cwd=ROOT, text=True, stdout=PIPE, stderr=PIPE))
+    seen = {k: v for k, v in ENVIRONMENT.items() if k != "CUDA_VISIBLE_DEVICES"}
+    seen |= {k: v for k, v in os.environ.items() if k == "CUDA_VISIBLE_DEVICES"}
+    finish(start(*LAUNCH, "2", *words, tmp_path / "two", env=seen))
     lines = (tmp_path / "two" / "log.jsonl").read_text().splitlines()[1:]
     two = [json.loads(line)["raw_equal"] for line in lines]
     assert two == pytest.approx(run(tmp_path / "one", steps=6), rel=1e-2)
@@ -151,15 +156,16 @@ def test_inception_and_the_vae_are_those_of_the_cpu():
     got = fid.inception(on_gpu(params), images.to(DEVICE), network=torch.compile(fid.network))
     assert all(relative(a, b) < 1e-4 for a, b in zip(got, want))
     g = torch.Generator().manual_seed(0)
-    vae = {
+    tensors = {
         name: torch.randn(shape, generator=g)
         * (max(1, shape[-1] * shape[1]) ** -0.5 if len(shape) > 1 else 0.1)
-        for name, shape in data.vae_shapes().items()
+        for name, shape in vae.shapes().items()
     }
     x = images[:2] / 127.5 - 1
-    mean, _ = data.encode(vae, x)
-    assert relative(data.encode(on_gpu(vae), x.to(DEVICE))[0], mean) < 5e-3  # TF32
-    assert relative(data.decode(on_gpu(vae), mean.to(DEVICE)), data.decode(vae, mean)) < 5e-3
+    mean, _ = vae.encode(tensors, x)
+    assert relative(vae.encode(on_gpu(tensors), x.to(DEVICE))[0], mean) < 5e-3  # TF32
+    images = vae.decode(tensors, mean)
+    assert relative(vae.decode(on_gpu(tensors), mean.to(DEVICE)), images) < 5e-3
 
 
 def test_small_sizes_of_the_model_agree():

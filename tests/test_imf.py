@@ -16,11 +16,14 @@ from test_model import compare_compiled
 
 import data
 import dual
+import evaluate
 import imf
 import meanflow
 import model
 import sample
 import train
+import weights
+from runtime import World
 
 GOLDEN = np.load(Path(__file__).with_name("authors-imf.npz"))
 ABOUT = json.loads(str(GOLDEN["about"]))
@@ -290,8 +293,8 @@ def test_published_names_are_read(form, flax):
 def test_other_tensors_are_named(change, words):
     tensors = {k: p for k, p in (published() | change).items() if p is not None}
     with pytest.raises(ValueError) as error:
-        imf.convert(tensors)
-    assert words in str(error.value)
+        weights.convert("x.pth", tensors)
+    assert str(error.value).startswith(f"x.pth: {words}")
 
 
 def test_draws():
@@ -408,8 +411,8 @@ def saved(path, tensors=None):
 
 
 def draw_from(path, tmp_path, capsys, *flags):
-    words = [str(path), "--fid", "digits", "--count", "4", *flags]
-    sample.main(words, data.World())
+    words = [str(path), "--ref", "digits", "--count", "4", *flags]
+    evaluate.main(words, World())
     return json.loads(capsys.readouterr().out)
 
 
@@ -425,12 +428,12 @@ def test_published_weights_are_drawn_from(tmp_path, monkeypatch):
     """With latents of their own mean and deviation, at the published guidance of their size."""
     tensors = published()
     seen = []
-    monkeypatch.setattr(sample, "image_size", lambda *_: ("latents", 8))
-    monkeypatch.setattr(data, "load_vae", lambda *_: {})
-    monkeypatch.setattr(data, "decode", lambda vae, z: seen.append(z) or z[:, :3])
+    monkeypatch.setattr(weights, "image_size", lambda *_: ("latents", 8))
+    monkeypatch.setattr(weights, "load_vae", lambda *_: {})
+    monkeypatch.setattr(sample, "decode", lambda vae, z: seen.append(z) or z[:, :3])
     path = saved(tmp_path / "iMF.pth", tensors)
     words = [str(path), "--vae", "x", "--classes", "3,1", "--out", str(tmp_path / "x.png")]
-    sample.main([*words, "--omega", "8", "--interval", "0.4,0.65"], data.World())
+    sample.main([*words, "--omega", "8", "--interval", "0.4,0.65"], World())
     params, e = imf.convert(tensors), sample.noise(0, range(2), (4, 8, 8))
     guidance = imf.Guidance(*(torch.full((2,), v) for v in (1 - 1 / 8, 0.4, 0.65)))
     one = torch.ones(2)
@@ -458,32 +461,41 @@ def test_the_guidance_of_a_run_is_the_published_or_that_of_the_flags(tmp_path, c
         (["--omega", "0.5"], "omega 0.5, interval 0.4,0.65: give omega >= 1 and an interval of"),
         (["--omega", "2,nan"], "omega nan, interval 0.4,0.65: give omega >= 1 and an interval"),
         (["--interval", "0.6,0.4"], "omega 8, interval 0.6,0.4: give omega >= 1 and an interval"),
-        (["--interval", "0.6"], "--interval 0.6: give numbers, as 1,4,8 and two times, as 0.4,0"),
-        (["--interval", "0.6,x"], "--interval 0.6,x: give numbers, as 1,4,8 and two times, as"),
-        (["--omega", "two"], "--omega two --interval None: give numbers, as 1,4,8 and two times"),
-        (["--omega", "2,3", "--fid", "digits"], "--omega 2,3: give one with --fid or --images"),
-        (["--convention", "sit"], "--convention would be ignored as "),
-        (["--scale", "2"], "x.pth is an iMF: leave it out"),
+        (["--interval", "0.6"], "--interval: 0.6: give numbers, two times, as 0.4,0.65"),
+        (["--interval", "0.6,x"], "--interval: 0.6,x: give numbers, two times, as 0.4,0.65"),
+        (["--omega", "two"], "--omega: two: give numbers, as 1,4,8"),
+        (["--omega", "2,3", "--images", "x"], "--omega takes one number with --images: leave out"),
+        (["--convention", "sit"], "x.pth is a MeanFlow, whose convention is known: leave out"),
+        (["--scale", "2"], "x.pth makes pixels: leave it out"),
     ],
 )
 def test_bad_guidance(monkeypatch, tmp_path, flags, words):
     torch.save(grey(), tmp_path / "x.pth")
-    monkeypatch.setattr(sample, "image_size", lambda *_: ("pixels", 8))
+    monkeypatch.setattr(weights, "image_size", lambda *_: ("pixels", 8))
     with pytest.raises(ValueError) as error:
-        sample.main([str(tmp_path / "x.pth"), *flags], data.World())
+        sample.main([str(tmp_path / "x.pth"), *flags], World())
     assert words in str(error.value)
+
+
+def test_scores_are_of_one_guidance_and_latents_of_their_own_scale(monkeypatch, tmp_path):
+    path = str(saved(tmp_path / "x.pth"))
+    with pytest.raises(ValueError, match="--omega: invalid float value: '2,3'"):
+        evaluate.main([path, "--ref", "digits", "--omega", "2,3"], World())
+    monkeypatch.setattr(weights, "image_size", lambda *_: ("latents", 8))
+    with pytest.raises(ValueError, match="--scale would .* as .* has a scale for each channel: le"):
+        sample.main([path, "--vae", "x", "--scale", "2"], World())
 
 
 def test_several_omegas_have_a_row_each(tmp_path):
     path, out = tmp_path / "x.safetensors", tmp_path / "x.png"
     save_file(grey(), path, {"kind": "pixels", "resolution": "8"})
     flags = ["--classes", "0,1,2", "--omega", "1,8", "--seed", "3"]
-    sample.main([str(path), *flags, "--out", str(out)], data.World())
-    model = sample.load(path)
-    draw = partial(sample.generate, model.params, [0, 1, 2], model.shape, seed=3)
-    x = torch.cat([draw(guidance=(omega, 0.4, 0.65)) for omega in (1, 8)])
+    sample.main([str(path), *flags, "--out", str(out)], World())
+    sampler = weights.load(path)
+    guided = [sampler._replace(guidance=(omega, 0.4, 0.65)) for omega in (1, 8)]
+    x = torch.cat([sample.generate(each, torch.arange(3), seed=3) for each in guided])
     assert (x[:3] != x[3:]).any()
-    sample.save_grid(sample.to_uint8(x, model), tmp_path / "y.png", columns=3)
+    sample.save_grid(sample.to_uint8(x, sampler), tmp_path / "y.png", columns=3)
     assert out.read_bytes() == (tmp_path / "y.png").read_bytes()
 
 
@@ -493,16 +505,16 @@ def test_guidance_and_latent_statistics_travel_in_the_metadata(tmp_path):
     metadata = {"kind": "latents", "resolution": "64"}
     path = tmp_path / "x.safetensors"
     save_file(params, path, metadata)
-    published = sample.load(path)
+    published = weights.load(path)
     mean, std = (torch.tensor(a).view(4, 1, 1) for a in imf.LATENTS.values())
     assert published.guidance == (8.0, 0.40, 0.65)
     assert close(published.shift, mean, 1e-7) and close(1 / published.scale, std, 1e-7)
     latents = {"mean": [1, 2, 3, 4], "std": [4, 3, 2, 1]}
     own = {"guidance": "[[3, 0.1, 0.9], [2, 0, 1]]", "latents": json.dumps(latents)}
     save_file(params, path, metadata | own)
-    found = sample.load(path)
+    found = weights.load(path)
     assert found.guidance == (3, 0.1, 0.9)
-    assert [sample.load(path, steps=k).guidance for k in (2, 4)] == [(2, 0, 1), (2, 0, 1)]
+    assert [weights.load(path, steps=k).guidance for k in (2, 4)] == [(2, 0, 1), (2, 0, 1)]
     assert found.shift.flatten().tolist() == latents["mean"]
     assert (1 / found.scale).flatten().tolist() == pytest.approx(latents["std"])
     bad = "[[3, 0.9, 0.1]]", "[3]", "[3, 0, 1]", '"x"', "{", "[[3, 0, null]]", '{"a": 1}'
@@ -513,49 +525,52 @@ def test_guidance_and_latent_statistics_travel_in_the_metadata(tmp_path):
     for key, value in bad:
         save_file(params, path, metadata | {key: value})
         with pytest.raises(ValueError, match="x.safetensors: metadata guidance or latents are no"):
-            sample.load(path)
+            weights.load(path)
 
 
 def test_a_dit_takes_no_omega_and_starts_from_no_imf(tmp_path):
     g = torch.Generator().manual_seed(0)
     path = tmp_path / "dit.safetensors"
-    dit = model.init((64, 1, 2), channels=1, classes=3, generator=g)
-    save_file(dit, path, {"kind": "pixels", "resolution": "8"})
-    with pytest.raises(ValueError, match="--omega would be ignored as .* is no iMF: leave it out"):
-        sample.main([str(path), "--omega", "3"], data.World())
+    init = partial(model.init, (64, 1, 2), channels=1, classes=3, generator=g)
+    save_file(init(), path, {"kind": "pixels", "resolution": "8"})
+    ignored = "--omega would be ignored as .* was trained with its guidance: leave it out"
+    with pytest.raises(ValueError, match=ignored):
+        sample.main([str(path), "--omega", "3"], World())
     torch.save(grey(), tmp_path / "x.pth")
     with pytest.raises(ValueError, match="x.pth is an iMF: give --init weights of the same --size"):
-        train.warm_start(dit, tmp_path / "x.pth", None, list("abc"))
+        weights.start_from(tmp_path / "x.pth", None, list("abc"), init, generator=g)
 
 
-def test_training_starts_from_an_imf_that_has_its_v_head(tmp_path):
+def test_training_starts_from_an_imf_that_has_its_v_head(tmp_path, capsys):
     """Under our or the published names; by class names the file knows, new ones from null."""
     g = torch.Generator().manual_seed(1)
-    fresh = imf.init((64, 1, 1, 2), channels=1, classes=3, generator=g)
+    init = partial(imf.init, (64, 1, 1, 2), channels=1, classes=3)
     path = tmp_path / "x.safetensors"
+    start = partial(weights.start_from, path, None, ["b", "x", "c"], init, generator=g)
     full = grey(trains=True)
     metadata = {"kind": "pixels", "resolution": "8", "run": "{}", "classes": '["a", "b", "c"]'}
     save_file(full, path, metadata)
-    taken, line = train.warm_start(fresh, path, None, ["b", "x", "c"])
-    assert "created [], 1 labels are new" in line and taken.keys() == fresh.keys()
-    rows = taken.pop(sample.LABELS)
-    assert torch.equal(rows, full[sample.LABELS][[1, 3, 2, 3]])
+    taken = start()
+    assert "created [], 1 labels are new" in capsys.readouterr().out
+    assert taken.keys() == init(generator=g).keys()
+    rows = taken.pop(weights.LABELS)
+    assert torch.equal(rows, full[weights.LABELS][[1, 3, 2, 3]])
     assert all(torch.equal(p, full[name]) for name, p in taken.items())
     save_file(grey(), path, metadata)
     with pytest.raises(
         ValueError, match="x.safetensors: v_heads.0.* is missing.*of an iMF with v_heads"
     ):
-        train.warm_start(fresh, path, None, ["b", "x", "c"])
+        start()
     dit = model.init((64, 1, 2), channels=1, classes=3, generator=g)
     save_file(dit, path, metadata)
     with pytest.raises(
         ValueError, match="x.safetensors is no iMF: give --init weights of the same"
     ):
-        train.warm_start(fresh, path, None, ["b", "x", "c"])
+        start()
     other = imf.init((64, 2, 1, 2), channels=1, classes=3, generator=g)
     save_file(other, path, metadata)
     with pytest.raises(ValueError, match="shared_blocks.1.* should be absent: give --init"):
-        train.warm_start(fresh, path, None, ["b", "x", "c"])
+        start()
 
 
 def test_other_weights_of_an_imf_are_named(tmp_path):
@@ -564,7 +579,7 @@ def test_other_weights_of_an_imf_are_named(tmp_path):
     with pytest.raises(
         ValueError, match=r"x.pth: time_tokens is missing, should be \(4, 128\): give"
     ):
-        sample.load(saved(tmp_path / "x.pth", tensors))
+        weights.load(saved(tmp_path / "x.pth", tensors))
 
 
 # --- training ---
@@ -572,8 +587,8 @@ def test_other_weights_of_an_imf_are_named(tmp_path):
 
 def train_imf(folder, steps, *flags):
     words = ["--size", "iT", "--batch", "8", "--save", "2", "--steps", str(steps), *flags]
-    with mock.patch.object(train, "report", lambda *_: None):
-        train.main([*words, "--out", str(folder)], data.World())
+    with mock.patch.object(evaluate, "report", lambda *_: None):
+        train.main([*words, "--out", str(folder)], World())
 
 
 def test_the_recipe_is_the_authors():
@@ -584,24 +599,33 @@ def test_the_recipe_is_the_authors():
 
 
 def test_the_step_size_grows_for_ten_epochs_or_the_same_share_of_a_shorter_run(monkeypatch, capsys):
-    imagenet = data.digits()._replace(labels=torch.zeros(1).expand(1281167), shape=(4, 32, 32))
+    images = torch.zeros(1).expand(1281167)
+    imagenet = data.digits()._replace(labels=images, items=images, shape=(4, 32, 32))
     monkeypatch.setattr(data, "load_data", lambda *_: imagenet)
+    plans = []
+    monkeypatch.setattr(train, "fit", lambda method, dataset, plan, *_, **__: plans.append(plan))
     for flags, steps in (([], 12_510), (["--steps", "6400"], 100), (["--size", "B/4"], 0)):
-        args = train.parse_arguments(["--size", "iB", *flags])
-        train.load_dataset(args, data.World())
-        assert abs(args.recipe.warmup - steps) <= 3
+        train.main(["--size", "iB", *flags], World())
+        assert abs(plans[-1].warmup - steps) <= 3
         assert ("--lr grows for" in capsys.readouterr().out) == (steps > 0)
 
 
-def test_images_of_one_class_are_not_guided(monkeypatch):
+def make_method(compiled=False, **options):
+    options = dict(channels=1, classes=10, kind="pixels") | options
+    return train.imf_method("iT/2", compiled=compiled, **options)
+
+
+PLAN = train.Plan(lr=6e-3, batch=8, steps=4)
+
+
+def test_images_of_one_class_are_not_guided():
     one = data.digits()._replace(classes=["all"], labels=torch.zeros(1797, dtype=torch.int64))
-    [(_, _, draws, _)] = next(train.stream(one, 8, 0, 0, data.World(), 1, True))
-    assert not draws.kappa.any()
-    [(_, _, draws, _)] = next(train.stream(data.digits(), 8, 0, 0, data.World(), 1, True))
-    assert draws.kappa.all()
-    g = torch.Generator().manual_seed(0)
-    params = imf.init("iB/2", channels=1, classes=1, generator=g)
-    assert imf.default_guidance(params) == [(1, 0, 1)]
+    method = make_method(classes=1)
+    [(_, _, draws, _)] = next(train.stream(method, one, PLAN, 0, World()))
+    assert not draws.kappa.any() and method.guidance == (1, 0, 1)
+    [(_, _, draws, _)] = next(train.stream(make_method(), data.digits(), PLAN, 0, World()))
+    assert draws.kappa.all() and make_method().guidance == (1.5, 0, 1)
+    assert imf.default_guidance(imf.Config(*imf.SIZES["iB/2"], 1, 1, True)) == [(1, 0, 1)]
 
 
 def test_what_the_authors_sample_with():
@@ -609,11 +633,10 @@ def test_what_the_authors_sample_with():
     one = {"iB/2": (8.0, 0.40, 0.65), "iM/2": (10.5, 0.40, 0.60), "iL/2": (10.5, 0.40, 0.60)}
     one["iXL/2"] = (8.0, 0.42, 0.62)
     for size, guidance in one.items():
-        tensors = imf.shapes(imf.Config(*imf.SIZES[size], 4, 1000, False))
-        params = {name: torch.empty(shape, device="meta") for name, shape in tensors.items()}
+        config = imf.Config(*imf.SIZES[size], 4, 1000, False)
         for steps in (1, 2, 3):
             two = size == "iXL/2" and steps > 1
-            found = imf.default_guidance(params)
+            found = imf.default_guidance(config)
             assert found[min(steps, len(found)) - 1] == ((4.0, 0.36, 0.64) if two else guidance)
     assert imf.LATENTS["mean"] == (0.86488, -0.27787343, 0.21616915, 0.3738409)
     assert imf.LATENTS["std"] == (4.85503674, 5.31922414, 3.93725398, 3.9870003)
@@ -632,11 +655,10 @@ def test_a_run_goes_on_bit_for_bit_and_is_drawn_from_with_any_guidance(tmp_path)
     first, *lines = map(json.loads, (tmp_path / "half/log.jsonl").read_text().splitlines())
     assert not {"omega", "kappa", "interval"} & first.keys()  # they are drawn
     assert all(line["raw_v"] > 0 and 1.9 < line["loss"] <= 2 for line in lines)
-    found = sample.load(tmp_path / "whole")
+    found = weights.load(tmp_path / "whole")
     assert found.guidance == (1.5, 0.0, 1.0) and imf.config(found.params)[:3] == (64, 2, 2)
-    weak, strong = (
-        sample.generate(found.params, [3], found.shape, guidance=(omega, 0, 1)) for omega in (1, 8)
-    )
+    three, guided = torch.tensor([3]), [found._replace(guidance=(omega, 0, 1)) for omega in (1, 8)]
+    weak, strong = (sample.generate(sampler, three) for sampler in guided)
     assert (weak != strong).any()
 
 
@@ -648,9 +670,10 @@ def test_what_is_trained_is_the_loss(tmp_path):
         k: torch.nn.Parameter(p + 0.1 * torch.randn(p.shape, generator=g))
         for k, p in params.items()
     }
-    objective = train.Objective(params, train.RECIPES["iT/2"], False)
+    method = make_method()
+    objective = train.Objective(method.loss, params)
     for parts in (1, 2):
-        made = next(train.stream(data.digits(), 8, 0, 3, data.World(), parts, True))
+        made = next(train.stream(method, data.digits(), PLAN, 3, World(), parts))
         assert [equal for *_, equal in made] == [4 // parts] * parts
         for x, y, draws, equal in made:
             want, raw = imf.loss(partial(imf.imf, params), x, y, draws, null=10)
@@ -659,31 +682,37 @@ def test_what_is_trained_is_the_loss(tmp_path):
             assert torch.allclose(rows[:, 3], raw[:, 0], rtol=1e-4)
 
 
-def test_latents_are_normalised_and_not_mirrored(monkeypatch):
+def test_latents_are_normalised_and_not_mirrored(monkeypatch, tmp_path):
     """By the mean and deviation of each channel, from the VAE's unscaled latents."""
     raw = torch.randn(8, 4, 2, 2, generator=torch.Generator().manual_seed(0))
-    dataset = data.digits()._replace(kind="latents", shape=(4, 2, 2))
-    batch = raw * data.SCALE, torch.zeros(8, dtype=torch.int64)
-    monkeypatch.setattr(data, "batch", lambda *_, **__: batch)
-    [(x, *_)] = next(train.stream(dataset, 8, 0, 0, data.World(), 1, True))
+    moments = torch.stack((raw, 0 * raw), 1)[:, None]
+    labels = torch.zeros(8, dtype=torch.int64)
+    digits = data.digits()
+    dataset = digits._replace(kind="latents", shape=(4, 2, 2), labels=labels, items=moments)
+    method = make_method(channels=4, kind="latents")
+    [(x, *_)] = next(train.stream(method, dataset, PLAN, 0, World()))
     mean, std = (torch.tensor(a)[:, None, None] for a in imf.LATENTS.values())
-    assert torch.allclose(x, (raw - mean) / std, atol=1e-5)
-    monkeypatch.setattr(data, "load_data", lambda *_: dataset._replace(mirror=True))
-    for size, mirror in (("iT", False), ("T", True)):
-        args = train.parse_arguments(["--size", size])
-        assert train.load_dataset(args, data.World()).mirror == mirror
+    rows = data.epoch_indices(8, 8, seed=0, step=0)
+    assert torch.allclose(x, (raw[rows] - mean) / std, atol=1e-5)
+    seen = []
+    monkeypatch.setattr(
+        train, "stream", lambda _, dataset, *rest: seen.append(dataset.mirror) or []
+    )
+    for method in (make_method(), train.dit_method("T/2", channels=1, classes=10)):
+        train.fit(method, digits._replace(mirror=True), PLAN, tmp_path / method.name, World())
+    assert seen == [False, True]
 
 
 def test_a_run_from_before_there_was_a_warmup_goes_on(tmp_path):
     words = ["--batch", "8", "--save", "2", "--out", str(tmp_path), "--steps"]
-    with mock.patch.object(train, "report", lambda *_: None):
-        train.main([*words, "2"], data.World())
+    with mock.patch.object(evaluate, "report", lambda *_: None):
+        train.main([*words, "2"], World())
         first, *rest = (tmp_path / "log.jsonl").read_text().splitlines(keepends=True)
         old = json.loads(first)
         del old["warmup"]
         (tmp_path / "log.jsonl").write_text(json.dumps(old) + "\n" + "".join(rest))
-        train.main([*words, "4"], data.World())
-    assert sample.checkpoints(tmp_path, "ema").keys() == {2, 4}
+        train.main([*words, "4"], World())
+    assert weights.checkpoints(tmp_path, "ema").keys() == {2, 4}
     assert "raw_v" not in (tmp_path / "log.jsonl").read_text()
 
 
@@ -691,17 +720,21 @@ def test_the_step_size_grows_from_zero(tmp_path):
     p = torch.nn.Parameter(torch.zeros(1))
     adam = torch.optim.Adam([p], 7.0)
     state = train.State({"p": p}, {"p": torch.zeros(1)}, adam)
-    recipe = train.RECIPES["iB/2"]._replace(warmup=4, lr=0.5)
+    plan = train.Plan(lr=0.5, batch=1024, steps=100, warmup=4)
     for step, rate in enumerate((0, 0.125, 0.25, 0.375, 0.5, 0.5), 1):
         p.grad = torch.ones(1)
-        train.update(state, recipe, step)
+        train.update(state, plan, step)
         assert adam.param_groups[0]["lr"] == rate
 
 
-def test_an_imf_is_not_told_its_guidance_nor_a_convention():
-    for flag in (["--guidance", "1", "0.5"], ["--convention", "sit"]):
-        with pytest.raises(ValueError, match=f"{flag[0]} would be ignored as iT/2 is an iMF"):
-            train.parse_arguments(["--size", "iT", "--init", "x.pt", *flag])
+def test_an_imf_is_not_told_its_guidance_nor_a_convention(tmp_path):
+    with pytest.raises(ValueError, match="--guidance would be ignored as iT/2 draws its guidance"):
+        train.main(["--size", "iT", "--guidance", "1", "0.5"], World())
+    path = saved(tmp_path / "x.pth", grey(trains=True))
+    words = ["--size", "iT", "--init", str(path), "--out", str(tmp_path / "run")]
+    with pytest.raises(ValueError, match="x.pth is a MeanFlow, whose convention is known: leave"):
+        train.main([*words, "--convention", "sit"], World())
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.slow
@@ -739,7 +772,8 @@ def test_the_compiled_loss_is_the_eager_one():
     for compiled in (False, True):
         params = {k: torch.nn.Parameter(p) for k, p in small(dtype=torch.float32).items()}
         x, y, draws = batch(0, 8, dtype=torch.float32)
-        objective = train.Objective(params, train.RECIPES["iT/2"], compiled)
+        method = make_method(compiled, channels=3, classes=5)
+        objective = train.Objective(method.loss, params)
         loss, rows = objective(x, y, draws, 4)
         loss.backward()
         found.append([rows, *(p.grad for p in params.values())])

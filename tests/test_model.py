@@ -15,10 +15,10 @@ from test_meanflow import MODES, draws
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import data
 import dual
 import meanflow
 import model
+import runtime
 
 PAPER = {
     "B/4": (131, 11.1),
@@ -90,7 +90,7 @@ def test_tensors_that_are_no_dit_are_named(change, message):
     params = small()
     change(params)
     with pytest.raises(ValueError, match=message) as error:
-        data.check_tensors("x.pt", params, model.shapes(model.config(params)), "give another")
+        runtime.check_tensors("x.pt", params, model.shapes(model.config(params)), "give another")
     assert "\n" not in str(error.value)
 
 

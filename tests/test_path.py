@@ -6,10 +6,6 @@ samples images. Also: data and weights made by others.
 
 import argparse
 import json
-import os
-import signal
-import time
-from pathlib import Path
 from unittest import mock
 
 import numpy as np
@@ -17,15 +13,20 @@ import pytest
 import torch
 from conftest import paint
 from PIL import Image
-from processes import LAUNCH, fails, start
+from processes import LAUNCH, fails, kill, start, wait_until
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from test_train import losses
 
 import data
+import evaluate
 import model
+import runtime
 import sample
 import train
+import weights
+from runtime import World
+from vae import decode, encode, shapes
 
 SMALL = (32, 32, 64, 64)
 
@@ -33,7 +34,7 @@ SMALL = (32, 32, 64, 64)
 @pytest.fixture(scope="module", autouse=True)
 def small_vae():
     """Give the VAE fewer channels, for speed; test_vae.py has it at full size."""
-    with mock.patch.object(data, "WIDTHS", SMALL):
+    with mock.patch("vae.WIDTHS", SMALL):
         yield
 
 
@@ -42,7 +43,7 @@ def vae(tmp_path_factory):
     """A file of random weights with the layout of sd-vae-ft-mse, but less wide."""
     path = tmp_path_factory.mktemp("vae") / "diffusion_pytorch_model.safetensors"
     tensors, g = {}, torch.Generator().manual_seed(0)
-    for name, shape in data.vae_shapes().items():
+    for name, shape in shapes().items():
         norm, fan = "norm" in name, max(1, np.prod(shape[1:]))
         tensors[name] = torch.randn(shape, generator=g) * (0.1 if len(shape) == 1 else fan**-0.5)
         tensors[name] += norm and name.endswith("weight")
@@ -53,7 +54,7 @@ def vae(tmp_path_factory):
 def call(capsys, script, *words):
     """Run a script in this process, and return what it prints."""
     capsys.readouterr()
-    script.main([str(word) for word in words], data.World())
+    script.main([str(word) for word in words], World())
     return capsys.readouterr().out
 
 
@@ -67,13 +68,8 @@ def pictures(tmp_path_factory):
 def train_and_kill(words, folder):
     """Train with two processes and kill both once they have saved."""
     process = start(*LAUNCH, 2, *words)
-    while train.newest(folder) == 0:
-        assert process.poll() is None, "the run ended before it was killed"
-        time.sleep(0.01)
-    workers = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    process.kill()
-    for worker in workers:
-        os.kill(int(worker), signal.SIGKILL)
+    wait_until(lambda: weights.newest(folder), process)
+    kill(process)
     process.communicate()
 
 
@@ -87,10 +83,10 @@ def test_from_a_folder_of_jpegs_to_images(pictures, vae, tmp_path, capsys, kind,
     folder = tmp_path / "run"
     words = ["--data", tmp_path / "data", "--out", folder, "--batch", 8, "--save", 5]
     train_and_kill(["train.py", *words, "--steps", 1000], folder)
-    assert 0 < train.newest(folder) < 1000
-    call(capsys, train, *words, "--steps", train.newest(folder) + 5, *flags)
+    assert 0 < weights.newest(folder) < 1000
+    call(capsys, train, *words, "--steps", weights.newest(folder) + 5, *flags)
     steps = [entry["step"] for entry in losses(folder)]
-    assert steps == list(range(5, train.newest(folder) + 1, 5))
+    assert steps == list(range(5, weights.newest(folder) + 1, 5))
     assert losses(folder)[-1]["raw_equal"] < losses(folder)[0]["raw_equal"]
     assert Image.open(folder / f"grid-{steps[-1]:08}.png").size == (10 * 36 + 4, 3 * 36 + 4)
 
@@ -105,13 +101,15 @@ def test_from_a_folder_of_jpegs_to_images(pictures, vae, tmp_path, capsys, kind,
         json.loads(about["classes"]) == ["class0", "class1", "class2"]
         and "MeanFlow" in about["model"]
     )
-    params = sample.load(folder).params
-    assert model.config(params) == (64, 4, 2, channels, 3)
+    sampler = weights.load(folder)
+    assert model.config(sampler.params) == (64, 4, 2, channels, 3)
+    assert sampler.classes == ["class0", "class1", "class2"]
+    assert sampler.kind == kind and sampler.shape == (channels, side, side)
 
     out = ["--out", tmp_path / "two.png"]
     call(capsys, sample, folder, "--classes", "2,0", "--seed", 3, *out, *flags)
-    items = sample.generate(params, [2, 0], (channels, side, side), seed=3)
-    images = data.decode(data.load_vae(vae), items / 0.18215) if kind == "latents" else items
+    items = sample.generate(sampler, torch.tensor([2, 0]), seed=3)
+    images = decode(weights.load_vae(vae), items / 0.18215) if kind == "latents" else items
     picture = np.asarray(Image.open(tmp_path / "two.png"))
     for i, image in enumerate(images.clamp(-1, 1)):
         tile = picture[4:36, 4 + 36 * i :][:, :32].astype(int)
@@ -121,13 +119,13 @@ def test_from_a_folder_of_jpegs_to_images(pictures, vae, tmp_path, capsys, kind,
     np.savez(
         reference, arr_0=np.random.default_rng(0).integers(0, 256, (8, 32, 32, 3), dtype=np.uint8)
     )
-    line = json.loads(call(capsys, sample, folder, "--fid", reference, "--count", 6, *flags))
+    line = json.loads(call(capsys, evaluate, folder, "--ref", reference, "--count", 6, *flags))
     assert (
         line["fid"] > 0
         and line["count"] == 6
         and line["reference"].startswith(f"{reference}, 8 images, sha256 ")
     )
-    assert line["vae"] == (data.sha256(vae) if kind == "latents" else None)
+    assert line["vae"] == (runtime.sha256(vae) if kind == "latents" else None)
     assert line["precision"] == {
         "network": "float32",
         "decoder": "float32" if kind == "latents" else None,
@@ -137,15 +135,15 @@ def test_from_a_folder_of_jpegs_to_images(pictures, vae, tmp_path, capsys, kind,
 @pytest.mark.slow
 def test_latents_are_those_of_the_images_and_of_their_mirror_images(pictures, vae, tmp_path):
     for kind, flags in (("pixels", []), ("latents", ["--vae", str(vae)])):
-        data.main([str(pictures), str(tmp_path / kind), "--resolution", "32", *flags], data.World())
+        data.main([str(pictures), str(tmp_path / kind), "--resolution", "32", *flags], World())
     kinds = ("latents", "pixels")
     moments, pixels = (torch.stack([*data.load_data(tmp_path / k).items]) for k in kinds)
     index = json.loads((tmp_path / "latents" / "index.json").read_text())
-    assert (index["scale"], index["channels"], index["vae"]) == (0.18215, 4, data.sha256(vae))
+    assert (index["scale"], index["channels"], index["vae"]) == (0.18215, 4, runtime.sha256(vae))
     assert moments.shape == (24, 2, 2, 4, 4, 4) and moments.dtype == torch.float16
     images = pixels[:5] / 127.5 - 1
     for view, seen in enumerate((images, images.flip(3))):
-        for kind, wanted in enumerate(data.encode(data.load_vae(vae), seen)):
+        for kind, wanted in enumerate(encode(weights.load_vae(vae), seen)):
             assert ((moments[:5, view, kind] - wanted).abs() <= 1e-3 * wanted.abs() + 1e-4).all()
     assert (moments[:, 0] != moments[:, 1]).any()
 
@@ -166,8 +164,8 @@ def test_latents_need_their_vae_to_be_seen(monkeypatch, tmp_path):
 @pytest.fixture(scope="module")
 def pixels(pictures, tmp_path_factory):
     folder = tmp_path_factory.mktemp("pixels") / "data"
-    data.main([str(pictures), str(folder), "--resolution", "15"], data.World())
-    data.main([str(pictures), str(folder.parent / "even"), "--resolution", "16"], data.World())
+    data.main([str(pictures), str(folder), "--resolution", "15"], World())
+    data.main([str(pictures), str(folder.parent / "even"), "--resolution", "16"], World())
     return folder
 
 
@@ -204,6 +202,6 @@ def test_training_starts_from_weights_of_others(pixels, tmp_path, capsys, form):
     printed = call(capsys, train, *words, "--steps", 1)
     assert f"{len(ours)} tensors taken" in printed and "0 labels are new" in printed
     assert "created ['h_embedder.mlp.0.bias', 'h_embedder.mlp.0.weight', 'h_embedder" in printed
-    weights = load_file(tmp_path / "run" / "state-00000001.safetensors")
-    assert all((weights[f"weights.{name}"] - p).abs().max() < 1e-10 for name, p in ours.items())
+    saved = load_file(tmp_path / "run" / "state-00000001.safetensors")
+    assert all((saved[f"weights.{name}"] - p).abs().max() < 1e-10 for name, p in ours.items())
     assert "taken" not in call(capsys, train, *words, "--steps", 2)  # it continues

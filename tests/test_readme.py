@@ -4,16 +4,15 @@ import json
 import os
 import subprocess
 import textwrap
-import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from processes import ENVIRONMENT
+from processes import ENVIRONMENT, started, wait_until
 
 import data
-import train
+import weights
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -81,20 +80,19 @@ def test_the_job_script_saves_and_is_queued_again(tmp_path):
         text = script.replace("train.py --size XL", f"{words} {steps}").replace(":29500", ":29417")
         assert text.count(str(ROOT)) == 1
         options = dict(cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True)
-        return subprocess.Popen(["bash", "-c", text], **options)
+        started.append(subprocess.Popen(["bash", "-c", text], **options))
+        return started[-1]
 
     process = job(100_000)
-    while train.newest(tmp_path / "run") == 0:
-        assert process.poll() is None, process.communicate()[1]
-        time.sleep(0.01)
+    wait_until(lambda: weights.newest(tmp_path / "run"), process)
     process.terminate()
     _, errors = process.communicate(timeout=120)
     assert (tmp_path / "requeued").read_text() == "requeue 42\n", errors
-    step = train.newest(tmp_path / "run")
+    step = weights.newest(tmp_path / "run")
     assert step >= 7 and not list((tmp_path / "run").glob("*tmp*"))
     (tmp_path / "requeued").unlink()
     _, errors = job(step + 3).communicate(timeout=120)
-    assert train.newest(tmp_path / "run") == step + 3, errors
+    assert weights.newest(tmp_path / "run") == step + 3, errors
     assert not (tmp_path / "requeued").exists()
 
 

@@ -1,21 +1,21 @@
 """sample.py: the picture it writes, noise that depends only on (seed, index), and bad input."""
 
-import json
 from unittest import mock
 
 import numpy as np
 import pytest
-import test_inception
 import torch
-from conftest import paint
 from PIL import Image
 from processes import LAUNCH, fails, finish, start
 from safetensors.torch import save_file
 
 import data
-import fid
+import evaluate
+import imf
 import model
+import runtime
 import sample
+import weights
 
 
 @pytest.fixture
@@ -25,35 +25,22 @@ def checkpoint(tmp_path):
     params = model.init((64, 1, 2), channels=1, classes=10, generator=g)
     params = {name: p + 0.05 * torch.randn(p.shape, generator=g) for name, p in params.items()}
     (tmp_path / "run").mkdir()
-    save_file(
-        params, tmp_path / "run" / "ema-00000010.safetensors", {"kind": "pixels", "resolution": "8"}
-    )
-    return tmp_path / "run", params
+    path = tmp_path / "run" / "ema-00000010.safetensors"
+    save_file(params, path, {"kind": "pixels", "resolution": "8"})
+    return tmp_path / "run", weights.load(path)
 
 
 def test_the_readmes_command(checkpoint, monkeypatch, capsys):
-    folder, params = checkpoint
+    folder, sampler = checkpoint
     for source in (folder, folder / "ema-00000010.safetensors"):
         for steps in (1, 3):
             out = folder.parent / "new" / f"{steps}.png"
-            sample.main(
-                [
-                    str(source),
-                    "--classes",
-                    "3,1,4",
-                    "--steps",
-                    str(steps),
-                    "--seed",
-                    "5",
-                    "--out",
-                    str(out),
-                ],
-                data.World(),
-            )
+            words = ["--classes", "3,1,4", "--steps", str(steps), "--seed", "5", "--out", str(out)]
+            sample.main([str(source), *words], runtime.World())
             assert capsys.readouterr().out == f"{out}\n"
             picture, gap = np.asarray(Image.open(out)), sample.GAP
             assert picture.shape == (32 + 2 * gap, 3 * 32 + 4 * gap) and picture.dtype == np.uint8
-            images = sample.generate(params, [3, 1, 4], (1, 8, 8), steps=steps, seed=5)
+            images = sample.generate(sampler, torch.tensor([3, 1, 4]), steps=steps, seed=5)
             for i, image in enumerate(images.clamp(-1, 1)):
                 tile = picture[gap : gap + 32, gap + i * (32 + gap) :][:, :32]
                 want = (
@@ -67,25 +54,58 @@ def test_the_readmes_command(checkpoint, monkeypatch, capsys):
     assert not list(folder.parent.rglob("*tmp-*"))
 
 
-def test_the_newest_averaged_weights_of_a_folder_are_taken(checkpoint):
-    folder, params = checkpoint
-    doubled, path = {name: 2 * p for name, p in params.items()}, folder / "ema-00000100.safetensors"
-    save_file(doubled, path, {"kind": "pixels", "resolution": "8"})
-    save_file({"weights.x": torch.zeros(1)}, folder / "state-00000200.safetensors")
-    got = sample.load(folder).params
-    assert all(torch.equal(got[name], 2 * p) for name, p in params.items())
-
-
 def test_a_sample_depends_on_seed_and_index_alone(checkpoint):
-    _, params = checkpoint
+    _, sampler = checkpoint
     classes, kw = torch.arange(23) % 10, dict(steps=2, seed=3)
-    together = sample.generate(params, classes, (1, 8, 8), **kw)
-    assert (
-        together - sample.generate(params, classes, (1, 8, 8), batch=4, **kw)
-    ).abs().max() < 1e-5
-    assert (together[:7] - sample.generate(params, classes[:7], (1, 8, 8), **kw)).abs().max() < 1e-5
+    together = sample.generate(sampler, classes, **kw)
+    assert (together - sample.generate(sampler, classes, batch=4, **kw)).abs().max() < 1e-5
+    assert (together[:7] - sample.generate(sampler, classes[:7], **kw)).abs().max() < 1e-5
     assert torch.equal(sample.noise(3, [5], (1, 8, 8))[0], sample.noise(3, range(9), (1, 8, 8))[5])
     assert (sample.noise(3, range(9), (2,)) != sample.noise(4, range(9), (2,))).all()
+
+
+def test_any_network_is_drawn_from_and_a_condition_may_be_any_nest_of_tensors():
+    """Each sample with its own condition and noise, in batches of any size."""
+    seen = []
+
+    def net(params, factor):
+        def u(z, t, r, y):
+            seen.append(len(z))
+            return z - params["w"] * factor * y["scale"][:, None] - y["parts"][0]
+
+        return u
+
+    sampler = weights.Sampler({"w": torch.tensor(2.0)}, net, [], "points", (3,), guidance=(5.0,))
+    y = {"scale": torch.arange(7.0), "parts": (torch.randn(7, 3),)}
+    whole = sample.generate(sampler, y, seed=4)
+    assert (whole - (10 * y["scale"][:, None] + y["parts"][0])).abs().max() < 1e-4
+    part = {"scale": y["scale"][[2, 6]], "parts": (y["parts"][0][[2, 6]],)}
+    some = sample.generate(sampler, part, seed=4, steps=3, indices=[2, 6])
+    assert (some - sample.generate(sampler, y, seed=4, steps=3, batch=2)[[2, 6]]).abs().max() < 1e-5
+    assert seen == [7, *3 * [2], *9 * [2], *3 * [1]]
+
+
+def test_a_grid_shows_its_classes_in_order_or_the_first_hundred_conditions():
+    """Ten of each class in a row if there are ten or fewer; or one of each hundredth."""
+    digits = data.digits()
+    assert torch.equal(sample.choose_shown(digits), torch.arange(10).repeat_interleave(10))
+    three = sample.choose_shown(digits._replace(classes=list("abc")))
+    assert torch.equal(three, torch.arange(3).repeat_interleave(10))
+    many = sample.choose_shown(digits._replace(classes=["x"] * 1000))
+    assert torch.equal(many, 10 * torch.arange(100))
+    y = torch.arange(1797), {"mask": torch.ones(1797, 2)}
+    shown = sample.choose_shown(digits._replace(classes=[], labels=y))
+    assert torch.equal(shown[0], torch.arange(100)) and shown[1]["mask"].shape == (100, 2)
+
+
+def test_classes_take_turns_or_are_drawn():
+    assert sample.choose_labels(5, [3, 1], 10).tolist() == [3, 1, 3, 1, 3]
+    assert sample.choose_labels(12, None, 10).tolist() == [*range(10), 0, 1]
+    drawn = sample.choose_labels(200, [3, 1], 10, uniform=True, seed=1)
+    assert drawn.dtype == torch.int64 and set(drawn.tolist()) == {1, 3}
+    assert 60 < (drawn == 3).sum() < 140
+    assert torch.equal(drawn[:7], sample.choose_labels(7, [3, 1], 10, uniform=True, seed=1))
+    assert (drawn != sample.choose_labels(200, [3, 1], 10, uniform=True, seed=2)).any()
 
 
 def test_colour_and_many_rows(tmp_path):
@@ -102,11 +122,8 @@ def test_colour_and_many_rows(tmp_path):
     [
         (["--classes", "3,12"], "class 12 is out of range"),
         (["--classes", "-1"], "class -1 is out of range"),
-        (
-            ["--classes", "cat"],
-            "--classes cat: give numbers separated by commas, as 3,1,4",
-        ),
-        (["--steps", "0"], "--steps 0: give 1 or more"),
+        (["--classes", "cat"], "argument --classes: cat: give numbers, as 3,1,4"),
+        (["--steps", "0"], "argument --steps: 0: give 1 or more"),
         (["--steps", "two"], "argument --steps: invalid int value: 'two'"),
         (["--out", "digits"], "digits has an unsupported image suffix: name it .png"),
     ],
@@ -156,7 +173,7 @@ def damage(name):
 )
 def test_bad_checkpoints(monkeypatch, checkpoint, kind, words):
     path, out = checkpoint[0].parent / "weights.safetensors", checkpoint[0].parent / "out.png"
-    damage(kind)(path, dict(checkpoint[1]))
+    damage(kind)(path, dict(checkpoint[1].params))
     message = fails(monkeypatch, "sample.py", path, "--out", out)
     assert words in message and not out.exists()
     assert kind == "channels" or str(path) in message
@@ -169,63 +186,43 @@ def test_missing_checkpoints(monkeypatch, tmp_path):
     assert f"python train.py --out {tmp_path}" in fails(monkeypatch, "sample.py", tmp_path)
 
 
-# --- how good samples are ---
+# --- single images ---
 
 
-def scored(capsys, folder, *flags):
-    sample.main(
-        [str(folder), "--fid", "digits", "--count", "60", *(str(f) for f in flags)], data.World()
-    )
-    return json.loads(capsys.readouterr().out)
-
-
-def test_fid_of_samples_in_one_line(checkpoint, tmp_path, capsys):
-    folder, params = checkpoint
-    result = scored(capsys, folder, "--steps", "2", "--seed", "3", "--images", tmp_path / "images")
-    samples = sample.generate(params, torch.arange(60) % 10, (1, 8, 8), steps=2, seed=3)
-    quantised = ((samples.clamp(-1, 1) + 1) * 127.5).round() / 127.5 - 1
-    digits = (data.digits().items.add(1).mul(127.5).round() / 127.5 - 1).flatten(1)
-    want = fid.frechet_distance(
-        *fid.statistics(fid.accumulate(None, quantised.flatten(1))),
-        *fid.statistics(fid.accumulate(None, digits)),
-    )
-    assert result["fid"] == pytest.approx(want.item(), rel=1e-6) and "is" not in result
-    assert {key: result[key] for key in ("count", "steps", "seed", "classes", "features")} == {
-        "count": 60,
-        "steps": 2,
-        "seed": 3,
-        "classes": "balanced",
-        "features": "raw pixels in [-1, 1]",
-    }
-    assert (
-        result["weights"].endswith(data.sha256(folder / "ema-00000010.safetensors"))
-        and result["vae"] is None
-    )
-    files = sorted((tmp_path / "images").iterdir())
-    assert [path.name for path in files] == [f"{k:06}.png" for k in range(60)]
-    assert (
-        np.asarray(Image.open(files[7])) == ((quantised[7, 0] + 1) * 127.5).round().numpy()
-    ).all()
-
-
-def test_samples_are_kept_without_a_reference(checkpoint, tmp_path, capsys):
-    """As pictures, or as ADM's .npz, in colours, from which fid.py reads them."""
-    folder, params = checkpoint
+def test_samples_are_written_as_single_images(checkpoint, tmp_path, capsys):
+    """As pictures, or as ADM's .npz, in colours, from which evaluate.py reads them."""
+    folder, sampler = checkpoint
     words = [str(folder), "--count", "7", "--classes", "3,1", "--seed", "2", "--images"]
     labels = torch.tensor([3, 1, 3, 1, 3, 1, 3])
-    x = sample.generate(params, labels, (1, 8, 8), seed=2)
+    x = sample.generate(sampler, labels, seed=2)
     want = ((x.clamp(-1, 1) + 1) * 127.5).round().byte()
     for path in (tmp_path / "new" / "pictures", tmp_path / "new" / "x.npz"):
-        sample.main([*words, str(path)], data.World())
+        sample.main([*words, str(path)], runtime.World())
         assert capsys.readouterr().out == f"{path}\n"
-        images = torch.stack([*fid.load_images(path)])
+        images = torch.stack([*evaluate.load_images(path)])
         assert torch.equal(images, want.expand(-1, 3, -1, -1))
     with np.load(tmp_path / "new" / "x.npz") as file:
         assert file["arr_0"].shape == (7, 8, 8, 3) and file["arr_0"].dtype == np.uint8
     assert {p.name for p in (tmp_path / "new").iterdir()} == {"pictures", "x.npz"}
-    line = scored(capsys, folder, "--classes", "3,1", "--images", tmp_path / "y.npz")
-    assert line["classes"] == "balanced, of 3,1" and line["count"] == 60
-    assert len([*fid.load_images(tmp_path / "y.npz")]) == 60
+    files = sorted((tmp_path / "new" / "pictures").iterdir())
+    assert [path.name for path in files] == [f"{k:06}.png" for k in range(7)]
+    assert (np.asarray(Image.open(files[5])) == want[5, 0].numpy()).all()
+
+
+def test_samples_that_are_written_are_those_that_are_scored(checkpoint, tmp_path):
+    flags = [str(checkpoint[0]), "--classes", "3,1", "--count", "60", "--steps", "2", "--uniform"]
+    sample.main([*flags, "--images", str(tmp_path / "x.npz")], runtime.World())
+    scored = []
+
+    def draw(*arguments, whole=evaluate.draw_images, **options):
+        for indices, images in whole(*arguments, **options):
+            scored.append(images)
+            yield indices, images
+
+    with mock.patch.object(evaluate, "draw_images", draw):
+        evaluate.main([*flags, "--ref", "digits"], runtime.World())
+    images = torch.stack([*evaluate.load_images(tmp_path / "x.npz")])
+    assert torch.equal(torch.cat(scored).expand(-1, 3, -1, -1), images)
 
 
 @pytest.mark.slow  # starts processes
@@ -248,178 +245,88 @@ def test_two_processes_write_one_file(checkpoint, tmp_path):
     words = ["sample.py", checkpoint[0], "--count", "9", "--images"]
     [printed] = finish(start(*LAUNCH, 2, *words, tmp_path / "two.npz"))
     assert printed == f"{tmp_path / 'two.npz'}\n"
-    sample.main([*map(str, words[1:]), str(tmp_path / "one.npz")], data.World())
+    sample.main([*map(str, words[1:]), str(tmp_path / "one.npz")], runtime.World())
     one, two = (np.load(tmp_path / name)["arr_0"] for name in ("one.npz", "two.npz"))
     assert one.shape == two.shape and abs(one.astype(int) - two).max() <= 1
 
 
-@pytest.mark.slow
-def test_grey_images_go_through_inception_as_colours(checkpoint, tmp_path, capsys):
-    weights, ten = tmp_path / "inception.safetensors", data.digits()
-    save_file(test_inception.weights(), weights)
-    ten = ten._replace(items=ten.items[:10])
-    words = [checkpoint[0], "--fid", "digits", "--count", "12", "--inception", weights]
-    with mock.patch.object(data, "digits", lambda: ten):
-        sample.main([str(word) for word in words], data.World())
-    result = json.loads(capsys.readouterr().out)
-    assert result["is"] >= 1 and result["is_splits"] == 10
-    assert result["features"] == "Inception-v3 of 2015-12-05"
-
-
-def test_samples_that_are_not_finite_have_no_distance(checkpoint):
-    params = {name: p * 1e38 for name, p in checkpoint[1].items()}
-    bad = sample.ImageModel(params, "pixels", (1, 8, 8), None)
+def test_samples_that_are_not_finite_are_no_images(checkpoint, tmp_path):
+    sampler = checkpoint[1]
+    bad = sampler._replace(params={name: p * 1e38 for name, p in sampler.params.items()})
     with pytest.raises(ValueError, match="samples have values that are not finite"):
-        sample.evaluate(bad, sample.count_images, torch.arange(4), data.World())
-
-
-def test_a_reference_of_other_features_is_refused_before_anything_is_drawn(
-    checkpoint, monkeypatch, tmp_path
-):
-    np.savez(tmp_path / "x.npz", mu=np.zeros(5), sigma=np.eye(5))
-    message = fails(monkeypatch, "sample.py", checkpoint[0], "--fid", tmp_path / "x.npz")
-    assert (
-        "x.npz has 5 features, images of (1, 8, 8) have 64: give or leave out --inception"
-        in message
-    )
-
-
-def test_uniform_classes_depend_on_seed_and_index_alone(checkpoint, capsys):
-    assert scored(capsys, checkpoint[0], "--uniform")["classes"] == "uniform"
-    seen = []
-    for count in (7, 60):
-        labels = []
-
-        def generate(params, classes, shape, **_):
-            labels.append(classes)
-            return torch.zeros(len(classes), *shape)
-
-        with mock.patch.object(sample, "generate", generate):
-            scored(capsys, checkpoint[0], "--uniform", "--count", count)
-        seen.append(torch.cat(labels))
-    assert torch.equal(seen[0], seen[1][:7]) and seen[1].bincount(minlength=10).float().std() > 0.5
-
-
-@pytest.mark.slow  # starts processes
-def test_two_processes_draw_the_same_samples(checkpoint, capsys):
-    words = ["sample.py", checkpoint[0], "--fid", "digits", "--count", "60"]
-    [printed] = finish(start(*LAUNCH, 2, *words))
-    shared, alone = json.loads(printed), scored(capsys, checkpoint[0])
-    assert shared.pop("fid") == pytest.approx(alone.pop("fid"), rel=1e-6) and shared == alone
-
-
-@pytest.mark.slow  # starts processes
-def test_two_processes_share_a_reference_whose_shards_are_odd(monkeypatch, tmp_path, capsys):
-    paint(tmp_path / "images", 2, 5)
-    monkeypatch.setattr(data, "SHARD", 5)
-    data.main([str(tmp_path / "images"), str(tmp_path / "data"), "--resolution", "8"], data.World())
-    capsys.readouterr()
-    save_file(test_inception.weights(), tmp_path / "inception.safetensors")
-    params = model.init(
-        (64, 1, 2), channels=3, classes=2, generator=torch.Generator().manual_seed(0)
-    )
-    save_file(params, tmp_path / "x.safetensors", {"kind": "pixels", "resolution": "8"})
-    words = [
-        "sample.py",
-        str(tmp_path / "x.safetensors"),
-        "--fid",
-        str(tmp_path / "data"),
-        "--count",
-        "12",
-        "--inception",
-        str(tmp_path / "inception.safetensors"),
-    ]
-    process = start(*LAUNCH, 2, *words)
-    sample.main(words[1:], data.World())
-    alone, [printed] = json.loads(capsys.readouterr().out), finish(process)
-    for key in ("fid", "is"):
-        assert json.loads(printed)[key] == pytest.approx(alone[key], rel=1e-5)
-
-
-def test_what_data_py_wrote_is_a_reference_too(checkpoint, tmp_path, capsys):
-    paint(tmp_path / "images", 2, 5)
-    data.main([str(tmp_path / "images"), str(tmp_path / "data"), "--resolution", "8"], data.World())
-    capsys.readouterr()
-    params = model.init(
-        (64, 1, 2), channels=3, classes=2, generator=torch.Generator().manual_seed(0)
-    )
-    save_file(params, tmp_path / "x.safetensors", {"kind": "pixels", "resolution": "8"})
-    sample.main(
-        [str(tmp_path / "x.safetensors"), "--fid", str(tmp_path / "data"), "--count", "20"],
-        data.World(),
-    )
-    result = json.loads(capsys.readouterr().out)
-    assert result["fid"] > 0 and result["reference"] == f"{tmp_path / 'data'}, 10 images"
+        sample.write_images(tmp_path / "x.npz", bad, torch.arange(4), runtime.World())
+    assert not list(tmp_path.glob("*.npz"))
 
 
 @pytest.mark.parametrize(
     "flags, words",
     [
-        (
-            ["--fid", "no.npz"],
-            "no.npz cannot be read ([Errno 2] No such file or directory: 'no.npz'): give images or",
-        ),
-        (
-            ["--fid", "digits", "--images", "tests"],
-            "--images tests already exists: give another name",
-        ),
+        (["--images", "tests"], "--images tests already exists: give another name"),
         (["--images", "README.md"], "--images README.md already exists: give another name"),
-        (["--count", "9"], "--count would be ignored without --fid or --images: leave it out"),
-        (["--uniform"], "--uniform would be ignored without --fid or --images: leave it out"),
-        (["--inception", "x"], "--inception would be ignored without --fid: leave it out"),
-        (["--fid", "digits", "--out", "x.png"], "--out would be ignored with --fid or --images:"),
+        (["--count", "9"], "--count would be ignored without --images: leave it out"),
+        (["--uniform"], "--uniform would be ignored without --images: leave it out"),
+        (["--images", "new", "--out", "x.png"], "--out would be ignored with --images: leave it"),
+        (["--images", "new", "--omega", "1,2"], "--omega takes one number with --images: leave"),
+        (["--images", "new", "--count", "0"], "argument --count: 0: give 1 or more"),
         (["--vae", "x"], "run makes pixels: leave it out"),
         (["--scale", "1"], "--scale would be ignored as "),
-        (["--scale", "0"], "--scale 0.0: give a number above 0"),
+        (["--scale", "0"], "argument --scale: 0: give a number above 0"),
+        (["--omega", "0"], "--omega would be ignored as "),
+        (["--interval", "0.4"], "argument --interval: 0.4: give numbers, two times, as 0.4,0.65"),
         (["--convention", "ours"], "argument --convention: invalid choice: 'ours' (choose from"),
-        (["--fid", "digits", "--count", "1"], "--count 1: give 2 or more"),
-        (
-            ["--fid", "digits", "--inception", "no.pth"],
-            "no.pth is not a file: fetch https://github.com/mseitzer/pytorch-fid",
-        ),
+        (["--fid", "digits"], "unrecognized arguments: --fid digits"),
     ],
 )
-def test_bad_evaluations(monkeypatch, checkpoint, flags, words):
+def test_arguments_that_do_not_fit(monkeypatch, checkpoint, flags, words):
     assert words in fails(monkeypatch, "sample.py", checkpoint[0], *flags)
 
 
 def test_a_process_without_a_share_draws_nothing(checkpoint):
     """Four processes draw two samples: two of them have none, and the others theirs."""
-    model = sample.load(checkpoint[0])
-    shares = [
-        sample.evaluate(model, sample.count_images, torch.arange(2), data.World(rank, 4))
-        for rank in range(4)
-    ]
-    assert [share["count"] for share in shares] == [1, 1, 0, 0]
+    sampler, seen = checkpoint[1], []
+    whole = [*sample.draw_images(sampler, torch.arange(2), runtime.World())]
+    for rank in range(4):
+        drawn = sample.draw_images(sampler, torch.arange(2), runtime.World(rank, 4))
+        seen.append([(list(indices), images) for indices, images in drawn])
+    assert [[indices for indices, _ in part] for part in seen] == [[[0]], [[1]], [], []]
+    for rank in (0, 1):
+        assert (seen[rank][0][1][0].int() - whole[0][1][rank].int()).abs().max() <= 1
 
 
 def test_without_classes_ten_are_drawn_in_turn(checkpoint, monkeypatch, tmp_path):
-    seen = []
-    monkeypatch.setattr(sample, "parse_classes", lambda text, count: [0, 1, 2])
-    monkeypatch.setattr(
-        sample, "generate", lambda params, y, shape, **_: seen.append(y) or torch.zeros(10, *shape)
-    )
-    sample.main([str(checkpoint[0]), "--out", str(tmp_path / "x.png")], data.World())
+    seen, three = [], checkpoint[1]._replace(classes=["a", "b", "c"])
+    monkeypatch.setattr(sample, "open_sampler", lambda *_, **__: three)
+
+    def generate(sampler, y, **_):
+        seen.append(y.tolist())
+        return torch.zeros(len(y), *sampler.shape)
+
+    monkeypatch.setattr(sample, "generate", generate)
+    sample.main([str(checkpoint[0]), "--out", str(tmp_path / "x.png")], runtime.World())
     assert seen == [[0, 1, 2, 0, 1, 2, 0, 1, 2, 0]]
 
 
 def test_only_the_first_process_writes_the_picture(checkpoint, tmp_path, capsys):
-    sample.main([str(checkpoint[0]), "--out", str(tmp_path / "x.png")], data.World(1, 2))
+    sample.main([str(checkpoint[0]), "--out", str(tmp_path / "x.png")], runtime.World(1, 2))
     assert not (tmp_path / "x.png").exists() and not capsys.readouterr().out
 
 
 def test_latents_become_images(monkeypatch):
     """Through the VAE, unscaled; or their first three channels as colours."""
     x = torch.linspace(-3, 3, 2 * 4 * 2 * 2).reshape(2, 4, 2, 2)
-    model = sample.ImageModel({}, "latents", (4, 2, 2))
-    shown = sample.to_uint8(x, model)
+    sampler = weights.Sampler({}, None, [], "latents", (4, 2, 2))
+    shown = sample.to_uint8(x, sampler)
     want = ((x[:, :3] / 3 + 1) * 127.5).round().clamp(0, 255).byte()
     assert shown.dtype == torch.uint8 and torch.equal(shown, want)
-    monkeypatch.setattr(data, "decode", lambda vae, z: z[:, :3].repeat_interleave(8, 2) * vae)
-    decoded = sample.to_uint8(x * 0.18215 / 3, model._replace(vae=1.0))
+    monkeypatch.setattr(sample, "decode", lambda vae, z: z[:, :3].repeat_interleave(8, 2) * vae)
+    decoded = sample.to_uint8(x * 0.18215 / 3, sampler._replace(vae=1.0))
     assert torch.equal(decoded, want.repeat_interleave(8, 2))
+    shift, scale = imf.normalization()
+    own = sampler._replace(vae=1.0, shift=shift, scale=scale)
+    decoded = sample.to_uint8((x / 3 - shift) * scale, own)
+    assert (decoded.int() - want.repeat_interleave(8, 2).int()).abs().max() <= 1
     assert torch.equal(
-        sample.to_uint8(torch.tensor([-2.0, -1, 0, 1, 2]), model._replace(kind="pixels")),
+        sample.to_uint8(torch.tensor([-2.0, -1, 0, 1, 2]), sampler._replace(kind="pixels")),
         torch.tensor([0, 0, 128, 255, 255], dtype=torch.uint8),
     )
 

@@ -7,10 +7,10 @@ import pytest
 import step
 import torch
 
-import data
 import dual
 import meanflow
 import model
+import runtime
 
 pytestmark = pytest.mark.slow
 
@@ -138,7 +138,7 @@ def test_forward_mode_is_exact_and_finite_differences_are_not(tmp_path, capsys):
     g, path = torch.Generator().manual_seed(0), tmp_path / "random.safetensors"
     params = model.init("T/2", channels=1, classes=10, generator=g)
     params = {name: p + 0.05 * torch.randn(p.shape, generator=g) for name, p in params.items()}
-    data.save_tensors(path, params, {"kind": "pixels", "resolution": "8"})
+    runtime.save_tensors(path, params, {"kind": "pixels", "resolution": "8"})
     step.main(["--derivative", "--weights", str(path), "--batch", "32", "--rounds", "2"])
     lines = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines()[2:]]
     found = {way: [float(cell) for cell in cells] for way, *cells in lines[2:]}
@@ -157,6 +157,6 @@ def test_without_a_trained_network_a_line_says_how_to_train_one(tmp_path):
             step.main(["--derivative", "--weights", str(path)])
     g, path = torch.Generator().manual_seed(0), tmp_path / "colour.safetensors"
     params = model.init("T/2", channels=3, classes=10, generator=g)
-    data.save_tensors(path, params, {"kind": "pixels", "resolution": "8"})
+    runtime.save_tensors(path, params, {"kind": "pixels", "resolution": "8"})
     with pytest.raises(SystemExit, match="not a DiT of the digits"):
         step.main(["--derivative", "--weights", str(path)])

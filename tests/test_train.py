@@ -9,27 +9,45 @@ import re
 import shutil
 import signal
 import time
+from collections import namedtuple
+from contextlib import contextmanager, nullcontext
 from functools import partial
-from pathlib import Path
+from threading import Event
 from unittest import mock
 
-import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import paint
 from hypothesis import given
 from hypothesis import strategies as st
-from PIL import Image, ImageColor
-from processes import LAUNCH, ROOT, fails, finish, fork, run, start
+from processes import (
+    LAUNCH,
+    ROOT,
+    children,
+    fails,
+    finish,
+    fork,
+    kill,
+    nothing,
+    run,
+    start,
+    wait_until,
+)
 from safetensors import safe_open
 from safetensors.torch import load_file
 
 import data
+import dual
+import evaluate
 import imf
 import meanflow
 import model
+import runtime
 import sample
 import train
+import weights
+from runtime import World, generator
 
 slow = pytest.mark.slow  # starts processes
 
@@ -43,6 +61,13 @@ def losses(folder):
     entries = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()[1:]]
     clock = ("time", "images_per_second")
     return [{key: value for key, value in entry.items() if key not in clock} for entry in entries]
+
+
+def assert_close(entry, other, rel):
+    """Compare two lines of a log, value by value."""
+    assert entry.keys() == other.keys()
+    for name, value in other.items():
+        assert entry[name] == pytest.approx(value, rel=rel), name
 
 
 def final(folder, step=60):
@@ -103,22 +128,22 @@ def test_a_run_killed_at_random_continues_as_if_nothing_had_happened(undisturbed
     Its saves are whole after each kill, and the result is bit for bit the undisturbed run's.
     """
     folder, chance, halves = tmp_path / "run", random.Random(0), 0
-    for kill in range(20):
-        before = train.newest(folder)
+    for k in range(20):
+        before = weights.newest(folder)
         process = fork(*command(folder, "--save", "2"))
         inside = (
             chance.choice([".tmp*", "*tmp-state-*", "*tmp-ema-*", "*tmp-grid-*"])
-            if kill % 2
+            if k % 2
             else "nothing"
         )
         left = set(folder.glob(inside))  # by the process before; the next one sweeps it up
-        while train.newest(folder) == before and set(folder.glob(inside)) <= left:
+        while weights.newest(folder) == before and set(folder.glob(inside)) <= left:
             assert process.poll() is None, "the run ended before it was killed"
-        time.sleep(0 if kill % 2 else 0.1 * chance.random())
+        time.sleep(0 if k % 2 else 0.1 * chance.random())
         process.kill()
         process.wait()
         halves += any(folder.glob("*tmp*"))
-        last = train.newest(folder)
+        last = weights.newest(folder)
         assert last >= before and (last == 0 or all(final(folder, last)))
         with (folder / "log.jsonl").open("a") as log:
             log.write('{"step": 5')  # what a kill within a write leaves
@@ -137,12 +162,9 @@ def interrupt(process, folder):
 
     Returns what it prints and the step that it saved in response.
     """
-    while train.newest(folder) == 0:
-        assert process.poll() is None, "the run ended before it was stopped"
-        time.sleep(0.001)
-    workers = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    os.kill(int((workers or [process.pid])[-1]), signal.SIGTERM)
-    return finish(process)[0], train.newest(folder)
+    wait_until(lambda: weights.newest(folder), process)
+    os.kill((children(process.pid) or [process.pid])[-1], signal.SIGTERM)
+    return finish(process)[0], weights.newest(folder)
 
 
 @slow
@@ -158,14 +180,12 @@ def test_sigterm_saves_and_ends_and_the_run_goes_on(undisturbed, tmp_path):
 @slow
 def test_ctrl_c_saves_too_and_elsewhere_ends_without_a_traceback(tmp_path):
     process, folder = start(*command(tmp_path / "run", "--save", "7", steps=5000)), tmp_path / "run"
-    while train.newest(folder) == 0:
-        time.sleep(0.001)
+    wait_until(lambda: weights.newest(folder), process)
     process.send_signal(signal.SIGINT)
-    assert "stopped by a signal after step" in finish(process)[0] and train.newest(folder) >= 7
+    assert "stopped by a signal after step" in finish(process)[0] and weights.newest(folder) >= 7
     words = ["sample.py", folder, "--images", tmp_path / "x.npz", "--count", 10**6]
     process = start(*words)
-    while not list(tmp_path.glob("*.npy")):
-        time.sleep(0.001)
+    wait_until(lambda: list(tmp_path.glob("*.npy")), process)
     process.send_signal(signal.SIGINT)
     printed, errors = process.communicate(timeout=60)
     assert process.returncode == 130 and not printed and "Traceback" not in errors
@@ -177,12 +197,10 @@ def test_sigterm_to_the_launcher_saves(tmp_path):
     """Schedulers signal the launcher; torchrun then exits with an error whatever its workers do."""
     folder = tmp_path / "run"
     process = start(*LAUNCH, "2", *command(folder, "--save", "7"))
-    while train.newest(folder) == 0:
-        assert process.poll() is None, "the run ended before it was stopped"
-        time.sleep(0.001)
+    wait_until(lambda: weights.newest(folder), process)
     process.terminate()
     printed, _ = process.communicate(timeout=120)
-    step = train.newest(folder)
+    step = weights.newest(folder)
     assert 7 <= step < 60 and f"stopped by a signal after step {step}" in printed
 
 
@@ -194,7 +212,7 @@ def test_sigterm_to_one_process_ends_all_after_the_same_step_and_one_process_goe
     printed, step = interrupt(start(*LAUNCH, "2", *command(folder, "--save", "7")), folder)
     assert 7 <= step < 60 and printed.count(f"stopped by a signal after step {step}") == 1
     finish(fork(*command(folder)))
-    assert losses(folder)[-1] == pytest.approx(losses(undisturbed[0])[-1], rel=1e-2)
+    assert_close(losses(folder)[-1], losses(undisturbed[0])[-1], rel=1e-2)
 
 
 @slow
@@ -204,7 +222,7 @@ def test_a_longer_run_continues_a_shorter_one(undisturbed, tmp_path):
     assert_same_bits(final(tmp_path / "run"), final(undisturbed[0]))
 
 
-def share(world, script, *words):
+def share(world, _, *words):
     """Start so many processes that train one run."""
     return start(*LAUNCH, world, "tests/train_without_report.py", *words)
 
@@ -229,10 +247,10 @@ SHARES = [(1, 4), (2, 1), (2, 2), (4, 1)]
 def test_processes_and_parts_train_the_same_run(undisturbed, shared, world, parts):
     entries = losses(shared[world, parts])
     for entry, alone in zip(entries, losses(undisturbed[0])[:2], strict=True):
-        assert entry == pytest.approx(alone, rel=1e-4)
+        assert_close(entry, alone, rel=1e-4)
 
 
-def agents(port, script, *words):
+def agents(port, _, *words):
     """Start two torchrun agents, each as on a node of its own, with one process."""
     rendezvous = ["--rdzv-backend", "c10d", "--rdzv-id", "run", "--rdzv-endpoint"]
     nodes = ["-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1", *rendezvous]
@@ -246,27 +264,21 @@ def test_two_nodes_train_the_same_run_and_go_on_when_one_was_killed(undisturbed,
     """Without its peer the other node ends as well; the same commands continue from the save."""
     folder = tmp_path / "run"
     first, second = agents(29561, *command(folder))
-    while train.newest(folder) == 0:
-        assert first.poll() is None and second.poll() is None, "it ended before it was killed"
-        time.sleep(0.001)
-    workers = Path(f"/proc/{second.pid}/task/{second.pid}/children").read_text().split()
-    second.kill()
-    for worker in workers:
-        os.kill(int(worker), signal.SIGKILL)
+    wait_until(lambda: weights.newest(folder), first, second)
+    kill(second)
     second.communicate()
     assert first.communicate(timeout=120) and first.returncode != 0
-    assert 0 < train.newest(folder) < 60
+    assert 0 < weights.newest(folder) < 60
     finish(*agents(29562, *command(folder)))
     for entry, alone in zip(losses(folder)[:2], losses(undisturbed[0])[:2], strict=True):
-        assert entry == pytest.approx(alone, rel=1e-4)
+        assert_close(entry, alone, rel=1e-4)
     assert [entry["step"] for entry in losses(folder)] == list(range(10, 61, 10))
 
 
 GRADIENTS = """
 import sys, torch
 sys.path.insert(0, {root!r})
-import data, fid, meanflow, model, train
-from functools import partial
+import meanflow, model, runtime, train
 
 def main(argv, world):
     [way] = argv  # in float32 if compiled: torch 2.11 compiles no attention in float64
@@ -280,8 +292,9 @@ def main(argv, world):
              for d in meanflow.draw(x.shape, generator=g)]
     mine = meanflow.Draws(*(d[world.rank :: world.size] for d in draws))
     batch = x[world.rank :: world.size], y[world.rank :: world.size], mine
-    recipe = train.RECIPES["XL/2"]
-    objective = train.Objective(params, recipe, way == "compiled")
+    guidance = train.RECIPES["XL/2"].guidance
+    options = dict(channels=1, classes=10, guidance=guidance, compiled=way == "compiled")
+    objective = train.Objective(train.dit_method("XL/2", **options).loss, params)
     if way == "naive":  # the network inside DistributedDataParallel, and the loss around it
         class Network(torch.nn.Module):
             def __init__(self):
@@ -290,8 +303,8 @@ def main(argv, world):
             def forward(self, *inputs):
                 return model.dit(dict(zip(params, self.weights)), *inputs)
         network = torch.nn.parallel.DistributedDataParallel(Network())
-        options = dict(null=10, omega=recipe.omega, kappa=recipe.kappa, interval=recipe.interval)
-        meanflow.loss(network.module, *batch, **options)[0].mean().backward()
+        options = dict(zip(("omega", "kappa", "interval"), guidance))
+        meanflow.loss(network.module, *batch, null=10, **options)[0].mean().backward()
     else:
         objective = train.parallel(objective, world)
         for _ in range(2):  # nothing is compiled again for the second step
@@ -302,7 +315,7 @@ def main(argv, world):
         grads = {{name: p.grad for name, p in params.items()}}
         torch.save(grads, {folder!r} + f"/{{way}}-{{world.size}}.pt")
 
-data.launch(main)
+runtime.launch(main)
 """
 
 
@@ -340,40 +353,44 @@ def test_recipes_are_the_papers():
         "L/2": (0.2, 0.92, 0.8),
         "XL/2": (0.2, 0.92, 0.75),
     }.items():
-        assert train.RECIPES[size] == (
-            omega,
-            kappa,
-            (0, end),
-            1e-4,
-            256,
-            240,
-            1281167,
-            0.9999,
-            0,
-        )
-        assert (
-            train.count_steps(train.RECIPES[size], 1281167) == 1_201_100
-        )  # 240 * 1281167 / 256 = 1,201,094
+        guidance = omega, kappa, (0, end)
+        assert train.RECIPES[size] == (guidance, 1e-4, 256, 240, 1281167, 0.9999, 0)
+        plan = train.make_plan(train.RECIPES[size], 1281167)
+        assert plan.steps == 1_201_100  # 240 * 1281167 / 256 = 1,201,094
+    assert train.RECIPES["S/2"] == train.RECIPES["B/2"]
     assert train.RECIPES.keys() == model.SIZES.keys() | imf.SIZES.keys()
+    for size, recipe in train.RECIPES.items():
+        assert (recipe.guidance is None) == (size in imf.SIZES)
+
+
+def test_a_plan_is_a_recipe_for_a_data_set():
+    recipe = train.Recipe(None, 0.5, 10, 20, 1000, 0.9, warmup=5)
+    assert train.make_plan(recipe, 1000) == (0.5, 10, 2000, 0.9, 500, 0, "float32")
+    plan = train.make_plan(recipe, 1000, steps=30, seed=4, precision="bfloat16")
+    assert plan == train.Plan(0.5, 10, 30, 0.9, warmup=8, seed=4, precision="bfloat16")
+    assert train.make_plan(recipe, 250).steps == 1000  # a quarter of the images, twice the epochs
+    assert train.make_plan(recipe, 4000).steps == 8000  # the epochs of the recipe
+    assert train.make_plan(recipe._replace(warmup=0), 1, steps=3).warmup == 0
 
 
 @pytest.mark.parametrize("parts", [1, 2])
 def test_three_steps_are_adam_on_the_loss_and_the_average(tmp_path, parts):
     """Compare with Adam as defined in arXiv 1412.6980, algorithm 1, on the paper's loss."""
     words = ["--out", tmp_path / "run", "--batch", "8", "--steps", "3", "--accumulate", parts]
-    with mock.patch.object(train, "report", lambda *_: None):
-        train.main([str(word) for word in words], data.World())
+    with mock.patch.object(evaluate, "report", nothing):
+        train.main([str(word) for word in words], World())
     ema, state = final(tmp_path / "run", 3)
     dataset, recipe = data.digits(), train.RECIPES["T/2"]
-    g = data.generator(0, "init", 0)
+    guided = dict(zip(("omega", "kappa", "interval"), recipe.guidance))
+    g = generator(0, "init", 0)
     w = model.init("T/2", channels=1, classes=10, generator=g)
     average, m, v = {k: p.clone() for k, p in w.items()}, dict.fromkeys(w, 0), dict.fromkeys(w, 0)
     errors = []
     for k in (1, 2, 3):
         w = {name: p.detach().requires_grad_() for name, p in w.items()}
         x, y = data.batch(dataset, 8, seed=0, step=k - 1)
-        draws = meanflow.draw(x.shape, generator=data.generator(0, "draws", k - 1))
-        rows, raw = meanflow.loss(partial(model.dit, w), x, y, draws, null=10, kappa=recipe.kappa)
+        draws = meanflow.draw(x.shape, generator=generator(0, "draws", k - 1))
+        rows, raw = meanflow.loss(partial(model.dit, w), x, y, draws, null=10, **guided)
         norms, errors = [], [*errors, raw]
         for name, gradient in zip(w, torch.autograd.grad(rows.mean(), w.values())):
             norms.append(gradient.norm().item())
@@ -394,30 +411,61 @@ def test_three_steps_are_adam_on_the_loss_and_the_average(tmp_path, parts):
     assert line["raw_differ"] == pytest.approx(raw[differ].mean().item(), rel=1e-3)
 
 
+def logged(history, *errors):
+    """Return the line that log_means writes of these rows, without its time, and what it shows."""
+    log, state = io.StringIO(), dict.fromkeys(("dataset", "plan", "state", "sampler"))
+    run = train.Run(None, **state, errors=errors, metadata={}, log=log, world=World())
+    shown = train.log_means(run, history, 0.125, 77.77)
+    line = json.loads(log.getvalue())
+    assert line.pop("time") > 1.7e9
+    return line, shown
+
+
 def test_the_log_holds_the_means_over_rows():
     """Average over two steps with different numbers of rows, those with r = t apart."""
     t = torch.tensor([0.5, 0.6, 0.7, 0.8, 0.9])
     r = torch.tensor([0.5, 0.6, 0.1, 0.2, 0.9])
     loss, raw = torch.arange(5.0), 10 * torch.arange(5.0)
-    rows, log = torch.stack((t, r, loss, raw), 1), io.StringIO()
-    shown = train.log_means(log, None, [(7, rows[:3]), (8, rows[3:])], 0.125, 77.77)
-    line = json.loads(log.getvalue())
-    assert line.pop("time") > 1.7e9
+    rows = torch.stack((t, r, loss, raw), 1)
+    line, shown = logged([(7, rows[:3]), (8, rows[3:])])
     seen = {"raw_equal": 50 / 3, "raw_differ": 25.0, "grad_norm": 0.125, "images_per_second": 77.8}
-    assert line == {"step": 8, "loss": 2.0, **seen}
+    parts = {"raw_equal_by_t": [None, None, 5.0, 40.0], "raw_differ_by_t": [None, None, 20.0, 30.0]}
+    assert line == {"step": 8, "loss": 2.0, **seen, **parts}
     assert shown == {name: f"{value:.4g}" for name, value in seen.items()}
 
 
+@pytest.mark.parametrize("errors", [(), ("v",), ("v", "w")])
+def test_the_log_holds_the_means_by_quarter_of_t(errors):
+    """Each quarter holds its lower bound, the last also t = 1."""
+    g = torch.Generator().manual_seed(0)
+    t = torch.cat((torch.rand(37, generator=g), torch.tensor([0, 0.25, 0.5, 0.75, 1])))
+    r = torch.where(torch.rand(len(t), generator=g) < 0.5, t, t * torch.rand(len(t), generator=g))
+    values = torch.rand(len(t), 2 + len(errors), generator=g)
+    line, shown = logged([(1, torch.cat((torch.stack((t, r), 1), values), 1))], *errors)
+    sums = {}
+    for late, early, (_, raw, *others) in zip(t.tolist(), r.tolist(), values.tolist()):
+        quarter = [late >= bound for bound in (0.25, 0.5, 0.75)].count(True)
+        named = {"raw_equal" if late == early else "raw_differ": raw}
+        for name, value in (named | {f"raw_{e}": o for e, o in zip(errors, others)}).items():
+            sums.setdefault(name, [[], [], [], []])[quarter].append(value)
+    for name, parts in sums.items():
+        means = [sum(part) / len(part) if part else None for part in parts]
+        assert line[f"{name}_by_t"] == pytest.approx(means)
+        assert line[name] == pytest.approx(sum(sum(parts, [])) / len(sum(parts, [])))
+        assert f"{name}_by_t" not in shown
+    assert {name for name in line if name.endswith("_by_t")} == {f"{name}_by_t" for name in sums}
+
+
 def test_the_recipe_reaches_the_loss(monkeypatch, tmp_path):
-    seen = []
+    seen, fast_loss = [], meanflow.fast_loss
 
     def spy(*inputs, **options):
         seen.append({name: options[name] for name in ("null", "omega", "kappa", "interval")})
-        return meanflow.fast_loss(*inputs, **options)
+        return fast_loss(*inputs, **options)
 
-    monkeypatch.setattr(train, "fast_loss", spy)
-    monkeypatch.setattr(train, "report", lambda *_: None)
-    recipe = train.Recipe(0.3, 0.8, (0.1, 0.7), 1e-3, 4, 1, 5, 0.5)
+    monkeypatch.setattr(meanflow, "fast_loss", spy)
+    monkeypatch.setattr(evaluate, "report", nothing)
+    recipe = train.Recipe((0.3, 0.8, (0.1, 0.7)), 1e-3, 4, 1, 5, 0.5)
     monkeypatch.setitem(train.RECIPES, "T/2", recipe)
     words = ["--no-compile", "--steps", "1", "--out"]
     for flags, numbers in (
@@ -425,7 +473,7 @@ def test_the_recipe_reaches_the_loss(monkeypatch, tmp_path):
         (["--guidance", "0.2", "0.9", "0.25", "0.75"], (0.2, 0.9, (0.25, 0.75))),
         (["--guidance", "1", "0"], (1, 0, (0, 1))),
     ):
-        train.main([*words, str(tmp_path / str(len(flags))), *flags], data.World())
+        train.main([*words, str(tmp_path / str(len(flags))), *flags], World())
         assert seen.pop() == dict(zip(("null", "omega", "kappa", "interval"), (10, *numbers)))
 
 
@@ -433,8 +481,11 @@ def test_the_recipe_reaches_the_loss(monkeypatch, tmp_path):
 def test_the_processes_share_out_the_draws(batch, world, parts):
     """Each process and each part has its own rows of one batch, counted rows with r = t first."""
 
+    method = train.dit_method("T/2", channels=1, classes=10)
+    plan = train.Plan(1.0, batch, 9, seed=3)
+
     def first(rank, world, parts):
-        return next(train.stream(data.digits(), batch, 3, 5, data.World(rank, world), parts))
+        return next(train.stream(method, data.digits(), plan, 5, World(rank, world), parts))
 
     [(x, y, draws, equal)] = first(0, 1, 1)
     assert equal == int(0.75 * batch)
@@ -459,14 +510,14 @@ def test_old_saves_are_thinned(tmp_path):
     adam.state[p] = {moment: torch.zeros(3) for moment in ("exp_avg", "exp_avg_sq")}
     state = train.State({"w": p}, {"w": p.detach()}, adam)
     for step in range(25_000, 200_000, 25_000):
-        train.save_checkpoint(tmp_path, step, state, {})
-    kept = {kind: sorted(sample.checkpoints(tmp_path, kind)) for kind in ("ema", "state")}
+        weights.save_checkpoint(tmp_path, step, train.saved_tensors(state), {})
+    kept = {kind: sorted(weights.checkpoints(tmp_path, kind)) for kind in ("ema", "state")}
     assert kept == {"ema": [50_000, 100_000, 150_000, 175_000], "state": [150_000, 175_000]}
 
 
 @slow
 def test_the_scores_of_samples_are_logged_at_the_end(tmp_path, capsys):
-    """One process, two processes and sample.py find the same and say the same of it."""
+    """One process, two processes and evaluate.py find the same and say the same of it."""
     found, flags = [], ["--fid", "digits", "--count", "50"]
     one, two = (command(tmp_path / name, *flags, steps=20) for name in ("one", "two"))
     finish(fork(*one), share(2, *two))
@@ -474,7 +525,7 @@ def test_the_scores_of_samples_are_logged_at_the_end(tmp_path, capsys):
         [line] = [entry for entry in losses(tmp_path / name) if "fid" in entry]
         assert line.pop("step") == 20
         found.append(line)
-    sample.main([str(tmp_path / "one"), *flags], data.World())
+    evaluate.main([str(tmp_path / "one"), "--ref", "digits", "--count", "50"], World())
     alone = json.loads(capsys.readouterr().out)
     assert alone.pop("fid") == pytest.approx(found[0].pop("fid"), rel=1e-6)
     assert alone == found[0] and found[1]["fid"] > 0
@@ -486,42 +537,42 @@ def scored(folder):
 
 def test_scores_that_a_kill_lost_are_made_when_the_run_continues(monkeypatch, tmp_path):
     """Lasting saves and the last have scores, in whatever order they are made, and once."""
-    monkeypatch.setattr(train, "LASTING", 4)
-    monkeypatch.setattr(train, "report", lambda *_: None)
+    monkeypatch.setattr(weights, "LASTING", 4)
+    monkeypatch.setattr(evaluate, "report", nothing)
     words = ["--batch", "8", "--save", "2", "--out", str(tmp_path)]
     flags = ["--fid", "digits", "--count", "20"]
 
     def killed(*_, **__):
         raise KeyboardInterrupt
 
-    for name in ("evaluate", "describe"):  # before its samples, and before its line
+    for name in ("draw_images", "scores"):  # before its samples, and before its line
         with monkeypatch.context() as m, pytest.raises(KeyboardInterrupt):
-            m.setattr(sample, name, killed)
-            train.main([*words, *flags, "--steps", "10"], data.World())
-    assert scored(tmp_path) == [] and train.newest(tmp_path) == 4
-    train.main([*words, "--steps", "10"], data.World())  # without scores
-    train.main([*words, *flags, "--steps", "10"], data.World())
+            m.setattr(evaluate, name, killed)
+            train.main([*words, *flags, "--steps", "10"], World())
+    assert scored(tmp_path) == [] and weights.newest(tmp_path) == 4
+    train.main([*words, "--steps", "10"], World())  # without scores
+    train.main([*words, *flags, "--steps", "10"], World())
     assert scored(tmp_path) == [4, 8, 10]
     before = (tmp_path / "log.jsonl").read_text()
-    train.main([*words, *flags, "--steps", "10"], data.World())
+    train.main([*words, *flags, "--steps", "10"], World())
     assert (tmp_path / "log.jsonl").read_text() == before
-    train.main([*words, *flags, "--steps", "11"], data.World())
+    train.main([*words, *flags, "--steps", "11"], World())
     assert scored(tmp_path) == [4, 8, 10, 11]
-    train.main([*words, *flags[:2], "--count", "30", "--steps", "11"], data.World())  # other scores
+    train.main([*words, *flags[:2], "--count", "30", "--steps", "11"], World())  # other scores
     assert scored(tmp_path) == [4, 8, 10, 11, 4, 8, 11]
 
 
 def test_a_run_that_another_process_has_moved_on_is_not_cut_back(monkeypatch, tmp_path):
     """Another process saves step 4 between this one's look for saves and its lock."""
     words = ["--batch", "8", "--save", "2", "--out", str(tmp_path), "--steps"]
-    monkeypatch.setattr(train, "report", lambda *_: None)
-    train.main([*words, "2"], data.World())
+    monkeypatch.setattr(evaluate, "report", nothing)
+    train.main([*words, "2"], World())
     begin = train.begin
 
     def late(*arguments):
         with monkeypatch.context() as m:
             m.setattr(train, "begin", begin)
-            train.main([*words, "4"], data.World())
+            train.main([*words, "4"], World())
         return begin(*arguments)
 
     with (
@@ -529,26 +580,39 @@ def test_a_run_that_another_process_has_moved_on_is_not_cut_back(monkeypatch, tm
         pytest.raises(ValueError, match="ema-00000004.* is later than"),
     ):
         m.setattr(train, "begin", late)
-        train.main([*words, "6"], data.World())
+        train.main([*words, "6"], World())
     assert [entry["step"] for entry in losses(tmp_path)] == [2, 4]
 
 
+@contextmanager
+def signal_at_once():
+    """Stand in for runtime.noted_signals: a signal comes before the first step."""
+    event = Event()
+    event.set()
+    yield event
+
+
 def test_a_run_stopped_at_its_last_step_gets_its_picture(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(train, "any_process", lambda flag: True)
-    words = ["--batch", "8", "--steps", "10", "--out", str(tmp_path)]
-    train.main(words, data.World())
+    """Stopped before, it gets none."""
+    monkeypatch.setattr(runtime, "noted_signals", signal_at_once)
+    monkeypatch.setattr(evaluate, "report", nothing)
+    words = ["--batch", "8", "--out", str(tmp_path), "--steps"]
+    train.main([*words, "11"], World())
     assert "stopped by a signal after step 10" in capsys.readouterr().out
-    assert not list(tmp_path.glob("grid-*"))
-    train.main(words, data.World())
-    assert f"{tmp_path / 'grid-00000010.png'} " in capsys.readouterr().out
-    assert len(list(tmp_path.glob("grid-*"))) == 1
+    assert weights.newest(tmp_path) == 10 and not list(tmp_path.glob("grid-*"))
+    train.main([*words, "20"], World())
+    assert "stopped by a signal after step 20" in capsys.readouterr().out
+    [picture] = tmp_path.glob("grid-*")
+    assert picture.name == "grid-00000020.png"
+    train.main([*words, "20"], World())
+    assert f"{picture} {tmp_path / 'curve.png'}" in capsys.readouterr().out
 
 
 def test_a_save_says_how_it_was_trained_last(tmp_path):
     for steps, precision in ((1, "float32"), (2, "bfloat16")):
         words = ["--batch", "8", "--steps", str(steps), "--precision", precision]
-        with mock.patch.object(train, "report", lambda *_: None):
-            train.main([*words, "--out", str(tmp_path)], data.World())
+        with mock.patch.object(evaluate, "report", nothing):
+            train.main([*words, "--out", str(tmp_path)], World())
         with safe_open(tmp_path / f"ema-{steps:08}.safetensors", "pt") as file:
             run = json.loads(file.metadata()["run"])
         assert (run["steps"], run["precision"]) == (steps, precision)
@@ -558,13 +622,13 @@ def test_saves_take_two_percent_of_the_time(monkeypatch, tmp_path):
     """With a clock that a step moves by 1 and a save by 1: after n of them, 50 n must be past."""
     clock, saved, update = [0.0], [], train.update
     monkeypatch.setattr(train.time, "monotonic", lambda: clock[0])
-    monkeypatch.setattr(train, "report", lambda *_: None)
+    monkeypatch.setattr(evaluate, "report", nothing)
 
     def step(*arguments):
         clock[0] += 1
         return update(*arguments)
 
-    def save(folder, step, *_, **__):
+    def save(run, step, *_, **__):
         clock[0] += 1
         saved.append(step)
 
@@ -572,21 +636,21 @@ def test_saves_take_two_percent_of_the_time(monkeypatch, tmp_path):
     monkeypatch.setattr(train, "save", save)
     monkeypatch.setattr(train, "SAVE_EVERY", 10)
     words = ["--batch", "4", "--steps", "115", "--out"]
-    train.main([*words, str(tmp_path / "a")], data.World())
+    train.main([*words, str(tmp_path / "a")], World())
     assert saved == [10, 50, 100, 115]
     lines = losses(tmp_path / "a")
     assert [entry["step"] for entry in lines] == [10, 50, 100, 115]
     with open(tmp_path / "a" / "log.jsonl") as file:
         assert {json.loads(line)["images_per_second"] for line in [*file][1:]} == {4.0}
     saved.clear()
-    train.main([*words, str(tmp_path / "b"), "--save", "25"], data.World())
+    train.main([*words, str(tmp_path / "b"), "--save", "25"], World())
     assert saved == [25, 50, 75, 100, 115]
 
 
 @given(st.integers(1, 2 * 10**6), st.integers(1, 2 * 10**6), st.sampled_from([1, 64, 256, 4096]))
 def test_smaller_data_sets_take_fewer_steps_of_more_epochs(a, b, batch):
     recipe = train.RECIPES["B/2"]._replace(batch=batch)
-    (a, few), (b, many) = ((n, train.count_steps(recipe, n)) for n in sorted((a, b)))
+    (a, few), (b, many) = ((n, train.make_plan(recipe, n).steps) for n in sorted((a, b)))
     assert 50 <= few <= many and few % 50 == 0
     if few > 5000 and b <= 1281167:
         assert few / a >= 0.98 * many / b
@@ -597,7 +661,7 @@ def test_a_run_says_how_long_it_will_be(tmp_path, capsys):
     with mock.patch.object(train, "open_run", side_effect=ValueError):
         for flags in ([], ["--guidance", "1", "0"]):
             with pytest.raises(ValueError):
-                train.main(["--out", str(tmp_path), *flags], data.World())
+                train.main(["--out", str(tmp_path), *flags], World())
     plan = "T/2 on 1,797 images of 10 classes: 3,000 steps of 64 are 107 epochs; "
     assert capsys.readouterr().out.splitlines() == [
         plan + "guidance scale 1.43",
@@ -606,23 +670,24 @@ def test_a_run_says_how_long_it_will_be(tmp_path, capsys):
 
 
 def test_one_class_needs_no_guidance(monkeypatch, tmp_path, capsys):
-    seen = []
+    seen, fast_loss = [], meanflow.fast_loss
 
     def spy(*inputs, **options):
         seen.append((options["null"], options["omega"], options["kappa"]))
-        return meanflow.fast_loss(*inputs, **options)
+        return fast_loss(*inputs, **options)
 
     paint(tmp_path / "images", 1, 6, 8)
-    data.main([str(tmp_path / "images"), str(tmp_path / "data")], data.World())
-    monkeypatch.setattr(train, "fast_loss", spy)
+    data.main([str(tmp_path / "images"), str(tmp_path / "data")], World())
+    monkeypatch.setattr(meanflow, "fast_loss", spy)
     words = ["--data", str(tmp_path / "data"), "--batch", "4", "--out", str(tmp_path / "run")]
-    train.main([*words, "--steps", "1"], data.World())
+    train.main([*words, "--steps", "1"], World())
     assert (
         seen == [(1, 1, 0)]
         and "steps of 4 are 1 epochs; guidance scale 1\n" in capsys.readouterr().out
     )
-    message = fails(monkeypatch, "train.py", *words, "--guidance", "1", "0.5")
-    assert "--guidance would be ignored as " in message and "data has one class" in message
+    for kappa in ("0", "0.5"):
+        message = fails(monkeypatch, "train.py", *words, "--guidance", "1", kappa)
+        assert "--guidance would be ignored as " in message and "data has one class" in message
 
 
 def test_precision_is_that_of_the_matrix_products():
@@ -632,32 +697,210 @@ def test_precision_is_that_of_the_matrix_products():
         k: torch.nn.Parameter(torch.randn(p.shape, generator=g) / 8) for k, p in params.items()
     }
     x, y = torch.randn(8, 1, 8, 8, generator=g), torch.arange(8)
-    draws, recipe = meanflow.draw(x.shape, generator=g), train.RECIPES["T/2"]
+    draws, guidance = meanflow.draw(x.shape, generator=g), train.RECIPES["T/2"].guidance
+    loss = train.dit_method("T/2", channels=1, classes=10, guidance=guidance).loss
     with torch.no_grad():
         exact, half = (
-            train.Objective(params, recipe, False, precision)(x, y, draws, 6)[1][:, 3]
+            train.Objective(loss, params, precision)(x, y, draws, 6)[1][:, 3]
             for precision in ("float32", "bfloat16")
         )
     error = ((half - exact) / exact).abs()
     assert half.dtype == torch.float32 and 1e-5 < error.max() < 0.05
 
 
-def test_the_curve_is_that_of_the_log(tmp_path):
-    """A raw error that doubles from 10 to 20 runs from the lower left to the upper right."""
-    lines = [{"run": 1}] + [
-        {"step": k, "raw_equal": 10 * 2 ** (k / 100), "raw_differ": None, "grad_norm": 3.0}
-        for k in range(1, 101)
-    ]
-    lines.append({"step": 100, "fid": 3.0, "grad_norm": math.inf})
-    (tmp_path / "log.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
-    train.save_curve(tmp_path)
-    picture = Image.open(tmp_path / "curve.png")
-    blue = (np.asarray(picture) == ImageColor.getrgb("steelblue")).all(-1)
-    rows, columns = np.nonzero(blue[40:300, 60:480])
-    slope, height = np.polyfit(columns, rows, 1)
-    assert abs(slope + 240 / 400) < 0.01 and abs(height - 240) < 2
-    rows, columns = np.nonzero(blue[40:300, 540:])
-    assert np.ptp(rows) < 3 and abs(rows.mean() - 240 * (1 - math.log(1.5) / math.log(2.5))) < 2
+# --- anybody's method ---
+
+
+def sequence_net(params):
+    """Return the network of sequences, (B, 2, 12), that are told a vector, (B, 3)."""
+
+    def net(z, t, r, y):
+        condition = torch.cat((t[:, None], (t - r)[:, None], y), 1)
+        h = F.conv1d(z, params["first"], padding=1) + (condition @ params["condition"])[..., None]
+        return F.conv1d(F.silu(h), params["last"], padding=1)
+
+    return net
+
+
+def sequence_params(generator):
+    shapes = {"first": (16, 2, 3), "condition": (5, 16), "last": (2, 16, 3)}
+    return {k: 0.3 * torch.randn(shape, generator=generator) for k, shape in shapes.items()}
+
+
+def sequence_loss(params, x, y, draws, equal):
+    options = dict(kappa=0.5, null=torch.zeros(3), jvp=dual.jvp, equal=equal)
+    return meanflow.fast_loss(sequence_net(params), x, y, draws, **options)
+
+
+def train_sequences(argv, world, method=None):
+    """Train so many steps into a folder; the mean of a sequence is that of its condition."""
+    folder, steps, every = argv
+    g = torch.Generator().manual_seed(0)
+    conditions = torch.randn(50, 3, generator=g)
+    items = conditions.mean(1)[:, None, None] + 0.1 * torch.randn(50, 2, 12, generator=g)
+    dataset = data.Dataset("waves", "sequences", [], (2, 12), False, conditions, items)
+    net, loss = sequence_net, sequence_loss
+    method = method or train.Method("Somebody's", sequence_params, meanflow.draw, loss, net)
+    plan = train.Plan(1e-2, 8, int(steps), ema=0.9, seed=3)
+    return train.fit(method, dataset, plan, folder, world, every=int(every)), dataset
+
+
+@pytest.fixture(scope="module")
+def sequences(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("sequences") / "run"
+    return folder, *train_sequences((folder, 200, 100), World())
+
+
+def test_anybodys_method_is_trained(sequences):
+    """On data that are no images, told what is no class; its samples heed what they are told."""
+    folder, sampler, dataset = sequences
+    assert {p.name for p in folder.iterdir()} == {"log.jsonl", ".lock", "curve.png"} | {
+        f"{kind}-{step:08}.safetensors" for kind in ("ema", "state") for step in (100, 200)
+    }
+    first, *lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    assert first["method"] == "Somebody's" and first["data"] == "waves" and first["batch"] == 8
+    assert [line["step"] for line in lines] == [50, 100, 150, 200]
+    assert lines[-1]["raw_equal"] < 0.7 * lines[0]["raw_equal"]
+    with safe_open(folder / "ema-00000200.safetensors", "pt") as file:
+        about = file.metadata()
+    assert about["model"] == "Somebody's, averaged weights" and json.loads(about["run"]) == first
+    assert about["kind"] == "sequences" and about["classes"] == "[]" and about["step"] == "200"
+    assert "resolution" not in about
+    assert_same_bits([sampler.params], [load_file(folder / "ema-00000200.safetensors")])
+    assert sampler.shape == (2, 12) and sampler.classes == []
+    told = torch.tensor([-1.0, 1.0]).repeat(50)[:, None].expand(-1, 3)
+    x = sample.generate(sampler, told, steps=4)
+    assert x.shape == (100, 2, 12) and x[1::2].mean() - x[::2].mean() > 1
+    assert torch.equal(sample.choose_shown(dataset), dataset.labels)
+
+
+def test_anybodys_run_goes_on_bit_for_bit(monkeypatch, sequences, tmp_path, capsys):
+    """After its end, and after a signal."""
+    folder, whole, _ = sequences
+    train_sequences((tmp_path, 70, 50), World())
+    with monkeypatch.context() as m:
+        m.setattr(runtime, "noted_signals", signal_at_once)
+        assert train_sequences((tmp_path, 200, 100), World())[0] is None
+    assert "stopped by a signal after step 80" in capsys.readouterr().out
+    found, _ = train_sequences((tmp_path, 200, 100), World())
+    assert_same_bits([found.params], [whole.params])
+    assert_same_bits(final(tmp_path, 200), final(folder, 200))
+    other = train.Method("Another", sequence_params, meanflow.draw, sequence_loss, sequence_net)
+    with pytest.raises(ValueError, match="holds a run with method Somebody's, not Another: choose"):
+        train_sequences((tmp_path, 200, 100), World(), other)
+
+
+SEQUENCES = """
+import sys
+sys.path[:0] = {paths!r}
+import runtime, test_train
+runtime.launch(test_train.train_sequences)
+"""
+
+
+@slow
+def test_two_processes_train_anybodys_run(sequences, tmp_path):
+    (tmp_path / "script.py").write_text(SEQUENCES.format(paths=[str(ROOT), str(ROOT / "tests")]))
+    finish(start(*LAUNCH, 2, tmp_path / "script.py", tmp_path / "two", 200, 100))
+    for entry, alone in zip(losses(tmp_path / "two"), losses(sequences[0]), strict=True):
+        assert_close(entry, alone, rel=1e-4)
+    for name, p in final(sequences[0], 200)[0].items():
+        assert torch.allclose(final(tmp_path / "two", 200)[0][name], p, atol=1e-4)
+
+
+def test_methods_have_their_own_draws_errors_and_metadata(tmp_path):
+    """What is drawn may be any named tuple with t and r; raw errors may be several."""
+    Draws, seen = namedtuple("Draws", ("e", "t", "r", "drop", "more")), []
+
+    def draw(shape, *, generator):
+        return Draws(*meanflow.draw(shape, generator=generator), torch.arange(shape[0]))
+
+    def loss(params, x, y, draws, equal):
+        seen.append((draws.more.tolist(), equal))
+        rows, raw = sequence_loss(params, x, y, meanflow.Draws(*draws[:4]), equal)
+        return rows, torch.stack((raw, 2 * raw), 1)
+
+    options = dict(errors=("twice",), metadata={"guidance": "none"})
+    method = train.Method("Mine", sequence_params, draw, loss, sequence_net, **options)
+    train_sequences((tmp_path, 2, 2), World(), method)
+    assert seen == 2 * [([*range(8)], 6)]
+    [line] = losses(tmp_path)
+    mean = (6 * line["raw_equal"] + 2 * line["raw_differ"]) / 8
+    assert line["raw_twice"] == pytest.approx(2 * mean)
+    assert len(line["raw_twice_by_t"]) == 4
+    with safe_open(tmp_path / "ema-00000002.safetensors", "pt") as file:
+        assert file.metadata()["guidance"] == "none"
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_handlers_are_put_back_after_training(tmp_path, fails):
+    numbers = signal.SIGTERM, signal.SIGINT
+    before, during = [signal.getsignal(number) for number in numbers], []
+
+    def loss(*inputs):
+        during.append([signal.getsignal(number) for number in numbers])
+        if fails:
+            raise ValueError("no")
+        return sequence_loss(*inputs)
+
+    method = train.Method("Mine", sequence_params, meanflow.draw, loss, sequence_net)
+    with pytest.raises(ValueError, match="no") if fails else nullcontext():
+        train_sequences((tmp_path, 1, 1), World(), method)
+    assert [signal.getsignal(number) for number in numbers] == before
+    assert len(during) == 1 and all(a != b for a, b in zip(before, during[0]))
+
+
+# --- runs from before ---
+
+# The first line of a log that also held the recipe's epochs and images.
+OLD = {
+    "size": "T/2",
+    "init": None,
+    "convention": None,
+    "seed": 0,
+    "steps": 2,
+    "precision": "float32",
+    "data": "digits",
+    "commit": "0123456789012345678901234567890123456789+",
+    "torch": "2.12.0",
+    "omega": 1.0,
+    "kappa": 0.3,
+    "interval": [0.0, 1.0],
+    "lr": 0.003,
+    "batch": 8,
+    "epochs": 107,
+    "images": 1797,
+    "ema": 0.998,
+    "warmup": 0,
+}
+
+
+@pytest.mark.parametrize("size", ["T/2", "iT/2"])
+def test_a_run_from_before_goes_on(monkeypatch, tmp_path, size):
+    """Its lines have no means by quarter of t; T/2 was guided at all times."""
+    monkeypatch.setattr(evaluate, "report", nothing)
+    words, old = ["--size", size, "--batch", "8", "--save", "2"], OLD
+    if size == "iT/2":
+        drawn = ("omega", "kappa", "interval")
+        old = {k: v for k, v in OLD.items() if k not in drawn}
+        old |= {"size": size, "lr": 0.006, "epochs": 28}
+        same = []
+    else:
+        same = ["--guidance", "1", "0.3", "0", "1"]
+    whole, part = tmp_path / "whole", tmp_path / "part"
+    train.main([*words, *same, "--steps", "4", "--out", str(whole)], World())
+    train.main([*words, *same, "--steps", "2", "--out", str(part)], World())
+    _, line = (part / "log.jsonl").read_text().splitlines()
+    line = {k: v for k, v in json.loads(line).items() if not k.endswith("_by_t")}
+    (part / "log.jsonl").write_text(f"{json.dumps(old)}\n{json.dumps(line)}\n")
+    if same:
+        with pytest.raises(ValueError, match=r"a run with interval \[0.0, 1.0\], not \[0.0, 0.5\]"):
+            train.main([*words, "--steps", "4", "--out", str(part)], World())
+    train.main([*words, *same, "--steps", "4", "--out", str(part)], World())
+    assert_same_bits(final(part, 4), final(whole, 4))
+    first, second, third = map(json.loads, (part / "log.jsonl").read_text().splitlines())
+    assert first == old and second == line and third["step"] == 4
+    assert "raw_equal_by_t" in third and "raw_equal_by_t" not in second
 
 
 # --- bad input ---
@@ -666,15 +909,15 @@ def test_the_curve_is_that_of_the_log(tmp_path):
 @pytest.mark.parametrize(
     "flags, words",
     [
-        (["--size", "Q"], "--size Q is unknown: choose one of T/2, B/4"),
-        (["--steps", "0"], "--steps 0: give 1 or more"),
-        (["--batch", "-3"], "--batch -3: give 1 or more"),
-        (["--lr", "nan"], "--lr nan: give a number above 0"),
-        (["--lr", "inf"], "--lr inf: give a number above 0"),
-        (["--save", "0"], "--save 0: give 1 or more"),
+        (["--size", "Q"], "--size Q is unknown: choose one of T/2, S/2, B/4"),
+        (["--steps", "0"], "--steps: 0: give 1 or more"),
+        (["--batch", "-3"], "--batch: -3: give 1 or more"),
+        (["--lr", "nan"], "--lr: nan: give a number above 0"),
+        (["--lr", "inf"], "--lr: inf: give a number above 0"),
+        (["--save", "0"], "--save: 0: give 1 or more"),
         (["--save", "often"], "argument --save: invalid int value: 'often'"),
         (["--speed", "9"], "unrecognized arguments: --speed 9"),
-        (["--fid", "digits", "--count", "1"], "--count 1: give 2 or more"),
+        (["--fid", "digits", "--count", "1"], "--count: 1: give 2 or more"),
         (["--count", "9"], "--count would be ignored without --fid: leave it out"),
         (["--inception", "x"], "--inception would be ignored without --fid: leave it out"),
         (["--convention", "sit"], "--convention would be ignored without --init: leave it out"),
@@ -694,7 +937,7 @@ def test_the_curve_is_that_of_the_log(tmp_path):
             ["--fid", "no.npz"],
             "no.npz cannot be read ([Errno 2] No such file or directory: 'no.npz'): give images or",
         ),
-        (["--accumulate", "0"], "--accumulate 0: give 1 or more"),
+        (["--accumulate", "0"], "--accumulate: 0: give 1 or more"),
         (
             ["--accumulate", "3"],
             "--batch 64 is not divisible by 3: give a multiple of processes times --accumulate",
@@ -717,6 +960,17 @@ def test_the_curve_is_that_of_the_log(tmp_path):
 )
 def test_bad_arguments(monkeypatch, tmp_path, flags, words):
     assert words in fails(monkeypatch, "train.py", "--out", tmp_path / "run", *flags)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_size_without_a_recipe_is_told_by_name(monkeypatch, tmp_path):
+    monkeypatch.setitem(model.SIZES, "Q/2", (64, 1, 2))
+    for size in ("Q", "Q/2"):
+        words = f"--size {size} has no recipe: add one to train.RECIPES, or choose one of T/2, S/2"
+        with pytest.raises(ValueError, match=words):
+            train.main(["--size", size, "--out", str(tmp_path / "run")], World())
+    monkeypatch.setitem(train.RECIPES, "Q/2", train.RECIPES["T/2"])
+    assert train.choose_recipe("Q")[0] == "Q/2"
     assert not (tmp_path / "run").exists()
 
 
@@ -795,7 +1049,7 @@ def test_other_files_in_a_folder_are_left_alone(undisturbed, tmp_path):
     assert {p.name for p in folder.glob("ema-*")} == {
         f"ema-{k}.safetensors" for k in ("best", "00000070", "00000080")
     }
-    assert sample.find_checkpoint(folder) == folder / "ema-00000080.safetensors"
+    assert weights.find_checkpoint(folder) == folder / "ema-00000080.safetensors"
 
 
 def test_a_loss_that_is_not_finite_ends_the_run_and_costs_no_save(monkeypatch, tmp_path):
@@ -817,9 +1071,9 @@ def test_weights_that_are_not_finite_are_not_saved(monkeypatch, tmp_path):
 
 
 def test_two_runs_do_not_write_to_one_folder(monkeypatch, tmp_path):
-    lock = data.lock_folder(tmp_path / "run")
+    lock = runtime.lock_folder(tmp_path / "run")
     assert "another process is writing to" in fails(monkeypatch, *command(tmp_path / "run"))
-    lock.close()
+    lock.release()
 
 
 @slow
@@ -827,7 +1081,7 @@ def test_what_fails_on_one_process_ends_all_with_one_line(monkeypatch, tmp_path)
     """A shard of --data that the second of two processes checks is damaged."""
     paint(tmp_path / "images", 2, 6)
     monkeypatch.setattr(data, "SHARD", 6)
-    data.main([str(tmp_path / "images"), str(tmp_path / "data")], data.World())
+    data.main([str(tmp_path / "images"), str(tmp_path / "data")], World())
     shard = tmp_path / "data" / "shard-00001.safetensors"
     shard.write_bytes(shard.read_bytes()[:-1] + b"?")
     words = [*LAUNCH, "2", *command(tmp_path / "run", "--data", str(tmp_path / "data"))]

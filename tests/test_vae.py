@@ -1,10 +1,10 @@
-"""The Stable Diffusion VAE: it computes what diffusers' AutoencoderKL does; which files load."""
+"""vae.py computes what diffusers' AutoencoderKL does, and reads its files under old names too.
+
+test_weights.py has the files that are refused.
+"""
 
 import math
-import pickle
-import re
 from contextlib import contextmanager
-from pathlib import Path
 from unittest import mock
 
 import pytest
@@ -12,7 +12,8 @@ import torch
 from diffusers import AutoencoderKL
 from safetensors.torch import save_file
 
-import data
+import vae
+from weights import load_vae
 
 pytestmark = pytest.mark.slow  # the network takes seconds
 FULL, SMALL = (128, 256, 512, 512), (64, 96, 128, 128)
@@ -20,8 +21,8 @@ FULL, SMALL = (128, 256, 512, 512), (64, 96, 128, 128)
 
 @contextmanager
 def widths(widths):
-    """Give the network fewer channels, for speed; only `vae_shapes` reads WIDTHS."""
-    with mock.patch.object(data, "WIDTHS", widths):
+    """Give the network fewer channels, for speed; only `shapes` reads WIDTHS."""
+    with mock.patch.object(vae, "WIDTHS", widths):
         yield
 
 
@@ -29,7 +30,7 @@ def weights(channels=SMALL, dtype=torch.float64, seed=0):
     """Return random parameters, none of them zero or one, that keep activations near unit size."""
     g = torch.Generator().manual_seed(seed)
     with widths(channels):
-        shapes = data.vae_shapes()
+        shapes = vae.shapes()
     params = {name: torch.randn(shape, generator=g) for name, shape in shapes.items()}
     for name, p in params.items():
         if p.ndim == 1:
@@ -72,12 +73,12 @@ def error(a, b):
 
 
 def test_count():
-    shapes = data.vae_shapes()
+    shapes = vae.shapes()
     assert len(shapes) == 248 and sum(map(math.prod, shapes.values())) == 83_653_863
 
 
 def test_scale():
-    assert data.SCALE == oracle(weights()).config.scaling_factor
+    assert vae.SCALE == oracle(weights()).config.scaling_factor
 
 
 @pytest.mark.parametrize(
@@ -94,7 +95,7 @@ def test_agrees_with_diffusers(channels, size, dtype, tolerance):
     theirs = oracle(params, channels)
     latents = theirs.encode(images).latent_dist
     for ours, want in zip(
-        (*data.encode(params, images), data.decode(params, z)),
+        (*vae.encode(params, images), vae.decode(params, z)),
         (latents.mean, latents.std, theirs.decode(z).sample),
     ):
         assert want.std() > 0.1 and error(ours, want) < tolerance
@@ -104,7 +105,7 @@ def test_agrees_with_diffusers(channels, size, dtype, tolerance):
 def test_log_variance_is_clamped():
     params, (images, _) = weights(), inputs(2, 16, 16)
     params["quant_conv.bias"][4:] = torch.tensor([-100, 100, 0, 0])
-    _, std = data.encode(params, images)
+    _, std = vae.encode(params, images)
     assert (
         (std[:, 0] == math.exp(-15)).all()
         and (std[:, 1] == math.exp(10)).all()
@@ -120,7 +121,7 @@ def test_every_parameter_matters():
         inputs(1, 16, 24),
     )
     g = torch.Generator().manual_seed(1)
-    outputs = (*data.encode(params, images), data.decode(params, z))
+    outputs = (*vae.encode(params, images), vae.decode(params, z))
     sum(
         (out * torch.randn(out.shape, generator=g, dtype=out.dtype)).sum() for out in outputs
     ).backward()
@@ -134,24 +135,26 @@ def test_every_parameter_matters():
 def test_bfloat16_is_close_and_gives_the_inputs_dtype():
     exact, (images, z) = weights(dtype=torch.float32), inputs(2, 40, 24, torch.float32)
     rounded = {name: p.bfloat16() for name, p in exact.items()}
-    want = (*data.encode(exact, images), data.decode(exact, z))
-    for ours, want in zip((*data.encode(rounded, images), data.decode(rounded, z)), want):
+    want = (*vae.encode(exact, images), vae.decode(exact, z))
+    for ours, want in zip((*vae.encode(rounded, images), vae.decode(rounded, z)), want):
         assert 1e-4 < error(ours, want) < 0.03
-    half = (*data.encode(rounded, images.bfloat16()), data.decode(rounded, z.bfloat16()))
+    half = (*vae.encode(rounded, images.bfloat16()), vae.decode(rounded, z.bfloat16()))
     assert all(out.dtype == torch.bfloat16 for out in half)
 
 
 @pytest.mark.parametrize("chunk", [1, 2, 5])
 def test_chunks_do_not_matter(chunk):
     params, (images, z) = weights(), inputs(5, 16, 24)
-    whole, rows = (*data.encode(params, images), data.decode(params, z)), []
+    whole, rows = (*vae.encode(params, images), vae.decode(params, z)), []
 
-    def counted(vae, name, x, middle=data.middle):  # every image goes through it once on either way
+    def counted(
+        params, name, x, middle=vae.middle
+    ):  # every image goes through it once on either way
         rows.append(len(x))
-        return middle(vae, name, x)
+        return middle(params, name, x)
 
-    with mock.patch.object(data, "middle", counted):
-        parts = (*data.encode(params, images, chunk=chunk), data.decode(params, z, chunk=chunk))
+    with mock.patch.object(vae, "middle", counted):
+        parts = (*vae.encode(params, images, chunk=chunk), vae.decode(params, z, chunk=chunk))
     assert max(rows) == chunk and sum(rows) == 10
     for ours, want in zip(parts, whole):
         assert error(ours, want) < 1e-13 and ours.is_contiguous()
@@ -161,7 +164,7 @@ def test_compiles_without_a_break():
     params, (images, z) = weights(), inputs(3, 16, 16)
 
     def run(params, images, z):
-        return *data.encode(params, images, chunk=2), data.decode(params, z, chunk=2)
+        return *vae.encode(params, images, chunk=2), vae.decode(params, z, chunk=2)
 
     compiled = torch.compile(run, fullgraph=True, backend="eager")
     for ours, want in zip(compiled(params, images, z), run(params, images, z)):
@@ -180,7 +183,7 @@ def test_compiles_without_a_break():
 )
 def test_images_that_cannot_be_encoded(shape, dtype, message):
     with pytest.raises(ValueError, match=f"images are .*{message}.*: give ") as error:
-        data.encode(weights(), torch.zeros(shape, dtype=dtype))
+        vae.encode(weights(), torch.zeros(shape, dtype=dtype))
     assert "\n" not in str(error.value)
 
 
@@ -194,7 +197,7 @@ def test_images_that_cannot_be_encoded(shape, dtype, message):
 )
 def test_latents_that_cannot_be_decoded(shape, dtype, message):
     with pytest.raises(ValueError, match=f"latents are .*{message}.*: give "):
-        data.decode(weights(), torch.zeros(shape, dtype=dtype))
+        vae.decode(weights(), torch.zeros(shape, dtype=dtype))
 
 
 # --- files ---
@@ -202,7 +205,7 @@ def test_latents_that_cannot_be_decoded(shape, dtype, message):
 
 def load(path, channels=SMALL):
     with widths(channels):
-        return data.load_vae(path)
+        return load_vae(path)
 
 
 def same(params, want):
@@ -246,99 +249,9 @@ def test_a_file_with_the_old_names_loads(tmp_path, axes):
     same(load(tmp_path / "vae.safetensors"), params)
 
 
-CHANGES = {  # what is done to the tensors: what the message must name
-    "missing": (lambda p: p.pop("quant_conv.bias"), "quant_conv.bias is missing"),
-    "unknown": (
-        lambda p: p.update({"loss.logvar": torch.zeros(1)}),
-        r"loss.logvar is \(1,\), should be absent",
-    ),
-    "shape": (
-        lambda p: p.update({"quant_conv.bias": torch.zeros(9)}),
-        r"quant_conv.bias is \(9,\), should be \(8,\)",
-    ),
-    "nan": (
-        lambda p: p["decoder.conv_in.bias"].fill_(torch.nan),
-        "decoder.conv_in.bias .*not finite",
-    ),
-    "inf": (
-        lambda p: p["quant_conv.weight"].view(-1)[3:4].fill_(torch.inf),
-        "quant_conv.weight .*not finite",
-    ),
-    "empty": (lambda p: p.clear(), "quant_conv.weight is missing"),
-    "LDM": (
-        lambda p: (
-            p.clear(),
-            p.update({"first_stage_model.encoder.down.0.block.0.norm1.bias": torch.zeros(1)}),
-        ),
-        "quant_conv.weight is missing",
-    ),
-    "LDM's VAE": (
-        lambda p: (p.clear(), p.update({"encoder.down.0.block.0.norm1.bias": torch.zeros(1)})),
-        "quant_conv.weight is missing",
-    ),
-}
-
-
-class Trap:
-    def __reduce__(self):
-        return Path.touch, (Path("executed"),)
-
-
-def pickled(path, protocol=2):
-    with path.open("wb") as file:
-        pickle.dump({"state_dict": Trap()}, file, protocol)
-
-
-def start(path, stop):
-    save_file({"a": torch.zeros(99)}, path)
-    path.write_bytes(path.read_bytes()[:stop])
-
-
-FILES = {  # what is written at the path: what the message must say
-    "nothing": (lambda path: None, "is not a file"),
-    "folder": (Path.mkdir, "is not a file"),
-    "void": (Path.touch, "is not a whole safetensors file"),
-    "half": (lambda path: start(path, -9), "is not a whole safetensors file"),
-    "head": (lambda path: start(path, 20), "is not a whole safetensors file"),
-    "page": (
-        lambda path: path.write_text("\n<!DOCTYPE html><html><title>404</title></html>"),
-        "is not a whole safetensors file",
-    ),
-    "pointer": (
-        lambda path: path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:a1"),
-        "is not a whole safetensors file",
-    ),
-    "pickle": (pickled, "is not a whole safetensors file"),
-    "zip": (
-        lambda path: torch.save({"state_dict": Trap()}, path),
-        "is not a whole safetensors file",
-    ),
-}
-
-
-def refused(path, message):
-    with pytest.raises((ValueError, FileNotFoundError)) as error:
-        load(path)
-    line = str(error.value)
-    assert (
-        line.startswith(str(path))
-        and "\n" not in line
-        and line.count("diffusion_pytorch_model.safetensors") == 1
-    )
-    assert re.search(message, line), line
-
-
-@pytest.mark.parametrize("change, message", CHANGES.values(), ids=CHANGES)
-def test_tensors_that_are_not_the_vaes_are_named(tmp_path, change, message):
-    params = weights(dtype=torch.float32)
-    change(params)
-    save_file(params, tmp_path / "vae.safetensors")
-    refused(tmp_path / "vae.safetensors", message)
-
-
-@pytest.mark.parametrize("write, message", FILES.values(), ids=FILES)
-def test_what_is_no_safetensors_file_is_named(tmp_path, monkeypatch, write, message):
-    monkeypatch.chdir(tmp_path)
-    write(tmp_path / "vae.ckpt")
-    refused(tmp_path / "vae.ckpt", message)
-    assert not Path("executed").exists()
+def test_it_prints_its_halves(capsys):
+    vae.main()
+    _, encoder, decoder = (line.split() for line in capsys.readouterr().out.splitlines())
+    assert encoder[0] == "encoder" and decoder[0] == "decoder"
+    counts = [int(half[1].replace(",", "")) for half in (encoder, decoder)]
+    assert sum(counts) == 83_653_863 - 8 * 9 - 4 * 5  # all but the two 1x1 convolutions between

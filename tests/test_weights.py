@@ -1,12 +1,16 @@
-"""Weights that others published: each layout gives the numbers of the authors' code, or one line.
+"""weights.py: files of weights, ours and others', as networks to draw from and to train.
 
-The files are written here from the golden weights under each layout's names; the published files
+Weights that others published: each layout gives the numbers of the authors' code, or one line. The
+files are written here from the golden weights under each layout's names; the published files
 themselves were not at hand.
 """
 
 import argparse
+import json
 import math
 import os
+import pickle
+import re
 from collections import OrderedDict
 from functools import partial
 from pathlib import Path
@@ -18,13 +22,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 from processes import fails
 from safetensors.torch import save_file
+from test_vae import SMALL, widths
+from test_vae import weights as vae_weights
 
-import data
+import imf
 import meanflow
 import model
+import runtime
 import sample
-import train
+import weights
 
+NAMES = [str(k) for k in range(10)]
 GOLDEN = np.load(Path(__file__).with_name("authors-tiny.npz"))
 T_BIAS, FIRST = "t_embedder.mlp.2.bias", "t_embedder.mlp.0.weight"
 OUTPUTS = ("final_layer.linear.weight", "final_layer.linear.bias")
@@ -137,7 +145,7 @@ def test_the_layouts_of_others_give_the_numbers_of_the_authors_code(tmp_path, la
     if all(map(torch.is_tensor, content.values())):
         forms.append(save(content, tmp_path / "x.safetensors"))
     for path in forms:
-        params = sample.convert(path, sample.read_weights(path)[0], convention)
+        params = weights.convert(path, weights.read_weights(path)[0], convention)
         if "h_embedder.mlp.0.weight" not in params:
             zeros = {name: torch.zeros_like(p) for name, p in MEANFLOW.items() if name[0] == "h"}
             assert agrees(model.dit(zeros | params, z, t, t, y), rows=t == r)
@@ -153,7 +161,7 @@ def test_reversing_time_is_exact(t, seed):
     theirs = model.init((128, 1, 2), channels=4, classes=10, generator=g)
     theirs = {k: (p + 0.1 * torch.randn(p.shape, generator=g)).double() for k, p in theirs.items()}
     ours = dict(theirs)
-    sample.reverse_time(ours)
+    weights.reverse_time(ours)
     t, z = torch.full((2,), t, dtype=torch.float64), torch.randn(2, 4, 8, 8, generator=g).double()
     y = torch.tensor([3, 10])
     v, u = model.dit(theirs, z, 1 - t, 1 - t, y), model.dit(ours, z, t, t, y)
@@ -169,16 +177,16 @@ def test_repas_early_files_number_the_decoders_blocks_anew(tmp_path):
         for i in (3, 4):
             name = name.replace(f"blocks.{i}.", f"decoder_blocks.{i - 3}.")
         early[name] = p
-    params = sample.convert("x", early, "repa")
+    params = weights.convert("x", early, "repa")
     assert params.keys() == w.keys() and all(torch.equal(params[k], p) for k, p in w.items())
 
 
 def test_a_velocity_is_sampled_by_eulers_method(tmp_path):
     path = save({"ema": VELOCITY | POSITIONS | PROJECTORS}, tmp_path / "last.pt")
-    found = sample.load(path)
+    found = weights.load(path)
     assert (found.kind, found.shape) == ("latents", (4, 8, 8))
-    x = sample.generate(found.params, [3, 4], found.shape, steps=3, seed=1)
     z, y = sample.noise(1, range(2), (4, 8, 8)), torch.tensor([3, 4])
+    x = sample.generate(found, y, steps=3, seed=1)
     zeros = {name: torch.zeros_like(p) for name, p in MEANFLOW.items() if name[0] == "h"}
     for k in (3, 2, 1):
         t = torch.full((2,), k / 3)
@@ -194,7 +202,7 @@ def test_a_velocity_in_one_step_gets_a_hint(tmp_path, capsys):
     for content, steps, hint in ((velocity, 1, True), (velocity, 50, False), (w, 1, False)):
         path = save(content | positions, tmp_path / "x.pt")
         words = ["--out", str(tmp_path / "x.png"), "--steps", str(steps)]
-        sample.main([str(path), *words], data.World())
+        sample.main([str(path), *words], runtime.World())
         told = f"{path} predicts a velocity: give --steps 50 or more" in capsys.readouterr().err
         assert told == hint
 
@@ -209,11 +217,11 @@ def test_what_a_file_without_metadata_makes(tmp_path):
     ):
         w = model.init((64, 1, 4), channels=channels, classes=classes, generator=g)
         w |= {"pos_embed": dit_positions(64, side)} if side else {}
-        found = sample.load(save(w, tmp_path / "x.pth"))
+        found = weights.load(save(w, tmp_path / "x.pth"))
         assert (found.kind, found.shape) == want
     w = model.init((64, 1, 4), channels=4, classes=10, generator=g)
     with pytest.raises(ValueError, match="kind None, resolution None, and there is no pos_embed"):
-        sample.load(save(w, tmp_path / "x.pth"))
+        weights.load(save(w, tmp_path / "x.pth"))
 
 
 def changed(**changes):
@@ -275,23 +283,178 @@ def test_averaged_weights_are_preferred_in_any_nesting(tmp_path):
     nestings = [w, {"model": w}, {"ema": w, "model": other}, {"ema": {"model": w}}]
     for found in [*nestings, {"ema": None, "model": w, "args": 1}, {"state_dict": w}]:
         torch.save(found, tmp_path / "x.pt")
-        assert sample.read_weights(tmp_path / "x.pt") == (w, {})
+        assert weights.read_weights(tmp_path / "x.pt") == (w, {})
+
+
+# --- what a file becomes ---
+
+
+def saved(path, params, kind="pixels", resolution=8, **metadata):
+    save_file(params, path, {"kind": kind, "resolution": str(resolution)} | metadata)
+    return path
+
+
+def small(channels=1, classes=3):
+    g = torch.Generator().manual_seed(0)
+    return model.init((64, 1, 2), channels=channels, classes=classes, generator=g)
+
+
+def small_imf(channels=1, classes=3):
+    g = torch.Generator().manual_seed(0)
+    return imf.init((64, 1, 1, 2), channels=channels, classes=classes, generator=g)
+
+
+def test_the_newest_averaged_weights_of_a_folder_are_taken(tmp_path):
+    params = small()
+    doubled = {name: 2 * p for name, p in params.items()}
+    saved(tmp_path / "ema-00000010.safetensors", params)
+    saved(tmp_path / "ema-00000100.safetensors", doubled)
+    saved(tmp_path / "ema-9.safetensors", params)
+    save_file({"weights.x": torch.zeros(1)}, tmp_path / "state-00000200.safetensors")
+    save_file({"weights.x": torch.zeros(1)}, tmp_path / "state-00000010.safetensors")
+    got = weights.load(tmp_path).params
+    assert all(torch.equal(got[name], p) for name, p in doubled.items())
+    assert weights.find_checkpoint(tmp_path) == tmp_path / "ema-00000100.safetensors"
+    assert list(weights.checkpoints(tmp_path, "ema")) == [10, 100]
+    assert weights.newest(tmp_path) == 10 and weights.newest(tmp_path / "no") == 0
+
+
+def test_our_own_file_becomes_a_sampler(tmp_path):
+    names, params = ["cat", "dog", "owl"], small()
+    ours = dict(run="{}", classes=json.dumps(names))
+    found = weights.load(saved(tmp_path / "x.safetensors", params, resolution=16, **ours))
+    assert found._replace(params={}, net=None) == weights.Sampler(
+        {}, None, names, "pixels", (1, 16, 16), (), 0.0, 0.18215, None
+    )
+    assert found.params.keys() == params.keys()
+    z, t, y = torch.randn(2, 1, 16, 16), torch.ones(2), torch.tensor([0, 3])
+    u = found.net(found.params, *found.guidance)(z, t, 0 * t, y)
+    assert torch.equal(u, model.dit(params, z, t, 0 * t, y))
+
+
+def test_latents_of_our_own_are_of_an_eighth_of_the_side(tmp_path):
+    path = saved(tmp_path / "x.safetensors", small(4), "latents", 64)
+    found = weights.load(path)
+    assert (found.kind, found.shape, found.shift, found.scale) == ("latents", (4, 8, 8), 0, 0.18215)
+    assert weights.image_shape(found.kind, found.shape) == (3, 64, 64)
+    assert weights.image_shape("pixels", (1, 8, 6)) == (1, 8, 6)
+
+
+def test_others_classes_are_known_by_number(tmp_path):
+    path = save(MEANFLOW | POSITIONS, tmp_path / "x.pt")
+    assert weights.load(path).classes == NAMES
+    path = saved(tmp_path / "x.safetensors", small(), classes='["cat"]')  # no run of ours
+    assert weights.load(path).classes == ["0", "1", "2"]
+
+
+@pytest.mark.parametrize("names", ['["cat"]', '["a", "b", "c", "d"]', "cat", "3", "null"])
+def test_names_that_do_not_fit_the_labels_are_refused(tmp_path, names):
+    path = saved(tmp_path / "x.safetensors", small(), run="{}", classes=names)
+    with pytest.raises(ValueError, match=r"x.safetensors: metadata names \d classes of 3: redo it"):
+        weights.load(path)
+
+
+def test_an_imf_becomes_a_sampler_with_guidance_and_without_its_v_head(tmp_path):
+    params = small_imf(4)
+    found = weights.load(saved(tmp_path / "x.safetensors", params, "latents", 64), steps=1)
+    assert found.guidance == (8.0, 0.4, 0.65) and found.classes == ["0", "1", "2"]
+    assert found.params.keys() == {name for name in params if not name.startswith("v_")}
+    shift, scale = imf.normalization()
+    assert torch.equal(found.shift, shift) and torch.equal(found.scale, scale)
+    z, t, y = torch.randn(2, 4, 8, 8), torch.ones(2), torch.tensor([0, 3])
+    u = found.net(found.params, *found.guidance)(z, t, 0 * t, y)
+    assert torch.equal(u, imf.guided(params, 8.0, 0.4, 0.65)(z, t, 0 * t, y))
+
+
+# --- what may be chosen of a sampler ---
+
+
+def test_a_guidance_is_chosen_in_whole_or_in_part():
+    sampler = weights.Sampler({}, None, [], "pixels", (1, 8, 8), guidance=(8.0, 0.4, 0.65))
+    for omega, interval, want in (
+        (None, None, (8.0, 0.4, 0.65)),
+        (3.0, None, (3.0, 0.4, 0.65)),
+        (None, [0.1, 0.9], (8.0, 0.1, 0.9)),
+        (1.0, [0.0, 0.0], (1.0, 0.0, 0.0)),
+    ):
+        chosen = weights.choose_guidance("x", sampler, omega, interval)
+        assert chosen == sampler._replace(guidance=want)
+    for omega, interval in ((0.0, None), (math.inf, None), (2.0, [0.9, 0.1]), (2.0, [0.1, 1.1])):
+        with pytest.raises(ValueError, match=f"omega {omega or 0:g}, interval .*: give omega >= 1"):
+            weights.choose_guidance("x", sampler, omega, interval)
+
+
+@pytest.mark.parametrize("name, value", [("omega", 2.0), ("omega", 0.0), ("interval", [0.0, 1.0])])
+def test_a_network_trained_with_its_guidance_takes_no_other(name, value):
+    sampler = weights.Sampler({}, None, [], "pixels", (1, 8, 8))
+    assert weights.choose_guidance("x", sampler) == sampler
+    words = f"--{name} would be ignored as x was trained with its guidance: leave it out"
+    with pytest.raises(ValueError, match=words):
+        weights.choose_guidance("x", sampler, **{name: value})
+
+
+@pytest.mark.parametrize(
+    "params, kind, options, words",
+    [
+        (small(), "pixels", dict(vae="v"), "--vae would be ignored as {} makes pixels: leave it"),
+        (small(), "pixels", dict(scale=2.0), "--scale would be ignored as {} makes pixels: leave"),
+        (small_imf(), "pixels", dict(scale=2.0), "--scale would be ignored as {} makes pixels"),
+        (small(4), "latents", {}, "{} makes latents: give --vae, sd-vae-ft-mse's file"),
+        (small(4), "latents", dict(scale=2.0), "{} makes latents: give --vae, sd-vae-ft-mse's"),
+        (small(4), "latents", dict(vae="no"), "no is not a file: fetch diffusion_pytorch_model"),
+        (
+            small_imf(4),
+            "latents",
+            dict(vae="v", scale=2.0),
+            "--scale would be ignored as {} has a scale for each channel: leave it out",
+        ),
+        (
+            small(),
+            "pixels",
+            dict(convention="sit"),
+            "{} is a MeanFlow, whose convention is known: leave out --convention",
+        ),
+        (small_imf(), "pixels", dict(convention="repa"), "convention is known: leave out --conv"),
+    ],
+)
+def test_what_a_sampler_would_ignore_or_lacks_is_said(tmp_path, params, kind, options, words):
+    path = saved(tmp_path / "x.safetensors", params, kind, 64)
+    with pytest.raises((ValueError, FileNotFoundError)) as error:
+        weights.open_sampler(path, "cpu", **options)
+    assert words.format(path) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_sampler_of_latents_is_opened_with_its_vae_and_scale(monkeypatch, tmp_path):
+    decoder = {"w": torch.ones(1)}
+    monkeypatch.setattr(weights, "load_vae", lambda path, device: decoder if path == "v" else None)
+    ours = saved(tmp_path / "x.safetensors", small(4), "latents", 64)
+    assert weights.open_sampler(ours, "cpu", vae="v").vae is decoder
+    assert weights.open_sampler(ours, "cpu", vae="v").scale == 0.18215
+    assert weights.open_sampler(ours, "cpu", vae="v", scale=0.5).scale == 0.5
+    improved = saved(tmp_path / "y.safetensors", small_imf(4), "latents", 64)
+    found = weights.open_sampler(improved, "cpu", vae="v", steps=2)
+    assert found.vae is decoder and torch.equal(found.scale, imf.normalization()[1])
+    pixels = saved(tmp_path / "z.safetensors", small(), "pixels", 8)
+    assert weights.open_sampler(pixels, "cpu").vae is None
 
 
 # --- training goes on from them ---
 
 
-def fresh(classes=10, size=(128, 1, 2)):
+def start(capsys, path, convention=None, classes=NAMES, size=(128, 1, 2)):
+    """Return the parameters that training starts from, and the line that is printed."""
+    fresh = partial(model.init, size, channels=4, classes=len(classes))
     g = torch.Generator().manual_seed(1)
-    return model.init(size, channels=4, classes=classes, generator=g)
+    params = weights.start_from(path, convention, classes, fresh, generator=g)
+    return params, capsys.readouterr().out.rstrip("\n")
 
 
 @pytest.mark.parametrize("layout", ["REPA", "SiT"])
-def test_training_starts_at_the_velocity_of_a_checkpoint(tmp_path, layout):
+def test_training_starts_at_the_velocity_of_a_checkpoint(tmp_path, capsys, layout):
     """t - r adds nothing at first, but receives a gradient."""
     content, convention = LAYOUTS[layout]
     path = save(content, tmp_path / "x.pt")
-    params, line = train.warm_start(fresh(), path, convention, [str(k) for k in range(10)])
+    params, line = start(capsys, path, convention)
     created = [f"h_embedder.mlp.{k}.{kind}" for k in (0, 2) for kind in ("bias", "weight")]
     assert line == f"{path}: {len(VELOCITY)} tensors taken, created {created}, 0 labels are new"
     z, t, r, y = golden_inputs()
@@ -301,16 +464,16 @@ def test_training_starts_at_the_velocity_of_a_checkpoint(tmp_path, layout):
     assert last.grad.norm() > 0
 
 
-def test_training_takes_our_own_weights_whole(tmp_path):
+def test_training_takes_our_own_weights_whole(tmp_path, capsys):
     path = save({k: p.double() for k, p in MEANFLOW.items()}, tmp_path / "x.safetensors")
-    params, line = train.warm_start(fresh(), path, None, [str(k) for k in range(10)])
+    params, line = start(capsys, path)
     assert all(
         torch.equal(params[k], p) and params[k].dtype == p.dtype for k, p in MEANFLOW.items()
     )
     assert "created [], 0 labels are new" in line
 
 
-def test_other_classes_get_new_labels_that_start_as_the_null_label(tmp_path):
+def test_other_classes_get_new_labels_that_start_as_the_null_label(tmp_path, capsys):
     """Ours are known by name, others' by number if there are as many; the null label is kept."""
     table = MEANFLOW["y_embedder.embedding_table.weight"]
     names = [f"class {k}" for k in range(10)]
@@ -323,17 +486,27 @@ def test_other_classes_get_new_labels_that_start_as_the_null_label(tmp_path):
         ({"classes": "cat, dog"}, list("abcdefghij"), list(range(11))),
     ):
         save_file(MEANFLOW, tmp_path / "x.safetensors", metadata)
-        new = fresh(len(classes))
-        params, line = train.warm_start(new, tmp_path / "x.safetensors", None, classes)
+        params, line = start(capsys, tmp_path / "x.safetensors", classes=classes)
         assert torch.equal(params["y_embedder.embedding_table.weight"], table[want])
         assert line.endswith(f"created [], {want[:-1].count(10)} labels are new")
 
 
-def test_training_starts_from_a_runs_folder(tmp_path):
+def test_training_starts_from_a_runs_folder(tmp_path, capsys):
     save(MEANFLOW, tmp_path / "ema-00000007.safetensors")
-    params, line = train.warm_start(fresh(), tmp_path, None, [str(k) for k in range(10)])
+    params, line = start(capsys, tmp_path)
     assert torch.equal(params[FIRST], MEANFLOW[FIRST])
     assert line.startswith(f"{tmp_path / 'ema-00000007.safetensors'}: ")
+
+
+def test_the_generator_is_that_of_fresh_parameters(tmp_path, capsys):
+    """What is created is drawn from it, and its device is that of the parameters."""
+    path = save(VELOCITY | PROJECTORS, tmp_path / "x.pt")
+    one, _ = start(capsys, path)
+    fresh = model.init(
+        (128, 1, 2), channels=4, classes=10, generator=torch.Generator().manual_seed(1)
+    )
+    assert torch.equal(one["h_embedder.mlp.0.weight"], fresh["h_embedder.mlp.0.weight"])
+    assert one.keys() == fresh.keys()
 
 
 def json_list(names):
@@ -350,10 +523,9 @@ def json_list(names):
 )
 def test_training_takes_nothing_that_does_not_fit(tmp_path, size, channels, words):
     path = save(MEANFLOW, tmp_path / "x.pt")
-    g = torch.Generator()
-    new = model.init(size, channels=channels, classes=10, generator=g)
+    new = partial(model.init, size, channels=channels, classes=10)
     with pytest.raises(ValueError) as error:
-        train.warm_start(new, path, None, list(range(10)))
+        weights.start_from(path, None, NAMES, new, generator=torch.Generator())
     assert words in str(error.value) and str(path) in str(error.value)
 
 
@@ -361,21 +533,129 @@ def test_training_takes_nothing_that_does_not_fit(tmp_path, size, channels, word
 
 
 def test_the_scale_reaches_the_decoder(monkeypatch, tmp_path):
-    found = sample.load(save(MEANFLOW | POSITIONS, tmp_path / "x.pt"))
+    found = weights.load(save(MEANFLOW | POSITIONS, tmp_path / "x.pt"))
     seen = []
-    monkeypatch.setattr(data, "load_vae", lambda *_: {})
-    monkeypatch.setattr(data, "decode", lambda vae, z: seen.append(z) or z[:, :3])
+    monkeypatch.setattr(weights, "load_vae", lambda *_: {})
+    monkeypatch.setattr(sample, "decode", lambda vae, z: seen.append(z) or z[:, :3])
     for flags, scale in (([], 0.18215), (["--scale", "0.18125"], 0.18125)):
         words = [str(tmp_path / "x.pt"), "--vae", "x", "--out", str(tmp_path / "x.png"), *flags]
-        sample.main(words, data.World())
-        x = sample.generate(found.params, list(range(10)), (4, 8, 8))
+        sample.main(words, runtime.World())
+        x = sample.generate(found, torch.arange(10))
         assert (seen.pop() - x / scale).abs().max() < 1e-5
 
 
 def test_the_network_of_a_file_is_one_for_the_losses(tmp_path):
     """What is loaded has every parameter, in the order in which a fresh network has them."""
-    w = sample.load(save({"ema": VELOCITY | POSITIONS | PROJECTORS}, tmp_path / "x.pt")).params
-    assert list(w) == list(fresh()) and model.config(w) == (128, 1, 2, 4, 10)
+    w = weights.load(save({"ema": VELOCITY | POSITIONS | PROJECTORS}, tmp_path / "x.pt")).params
+    fresh = model.init((128, 1, 2), channels=4, classes=10, generator=torch.Generator())
+    assert list(w) == list(fresh) and model.config(w) == (128, 1, 2, 4, 10)
     z, t, r, y = golden_inputs()
     u = partial(model.dit, w)(z, t, r, y)
     assert u.shape == z.shape
+
+
+# --- the VAE's file ---
+
+
+def load_small_vae(path):
+    with widths(SMALL):
+        return weights.load_vae(path)
+
+
+CHANGES = {  # what is done to the tensors: what the message must name
+    "missing": (lambda p: p.pop("quant_conv.bias"), "quant_conv.bias is missing"),
+    "unknown": (
+        lambda p: p.update({"loss.logvar": torch.zeros(1)}),
+        r"loss.logvar is \(1,\), should be absent",
+    ),
+    "shape": (
+        lambda p: p.update({"quant_conv.bias": torch.zeros(9)}),
+        r"quant_conv.bias is \(9,\), should be \(8,\)",
+    ),
+    "nan": (
+        lambda p: p["decoder.conv_in.bias"].fill_(torch.nan),
+        "decoder.conv_in.bias .*not finite",
+    ),
+    "inf": (
+        lambda p: p["quant_conv.weight"].view(-1)[3:4].fill_(torch.inf),
+        "quant_conv.weight .*not finite",
+    ),
+    "empty": (lambda p: p.clear(), "quant_conv.weight is missing"),
+    "LDM": (
+        lambda p: (
+            p.clear(),
+            p.update({"first_stage_model.encoder.down.0.block.0.norm1.bias": torch.zeros(1)}),
+        ),
+        "quant_conv.weight is missing",
+    ),
+    "LDM's VAE": (
+        lambda p: (p.clear(), p.update({"encoder.down.0.block.0.norm1.bias": torch.zeros(1)})),
+        "quant_conv.weight is missing",
+    ),
+}
+
+
+class Trap:
+    def __reduce__(self):
+        return Path.touch, (Path("executed"),)
+
+
+def pickled(path, protocol=2):
+    with path.open("wb") as file:
+        pickle.dump({"state_dict": Trap()}, file, protocol)
+
+
+def cut(path, stop):
+    save_file({"a": torch.zeros(99)}, path)
+    path.write_bytes(path.read_bytes()[:stop])
+
+
+FILES = {  # what is written at the path: what the message must say
+    "nothing": (lambda path: None, "is not a file"),
+    "folder": (Path.mkdir, "is not a file"),
+    "void": (Path.touch, "is not a whole safetensors file"),
+    "half": (lambda path: cut(path, -9), "is not a whole safetensors file"),
+    "head": (lambda path: cut(path, 20), "is not a whole safetensors file"),
+    "page": (
+        lambda path: path.write_text("\n<!DOCTYPE html><html><title>404</title></html>"),
+        "is not a whole safetensors file",
+    ),
+    "pointer": (
+        lambda path: path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:a1"),
+        "is not a whole safetensors file",
+    ),
+    "pickle": (pickled, "is not a whole safetensors file"),
+    "zip": (
+        lambda path: torch.save({"state_dict": Trap()}, path),
+        "is not a whole safetensors file",
+    ),
+}
+
+
+def refused(path, message):
+    with pytest.raises((ValueError, FileNotFoundError)) as error:
+        load_small_vae(path)
+    line = str(error.value)
+    assert (
+        line.startswith(str(path))
+        and "\n" not in line
+        and line.count("diffusion_pytorch_model.safetensors") == 1
+    )
+    assert re.search(message, line), line
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("change, message", CHANGES.values(), ids=CHANGES)
+def test_tensors_that_are_not_the_vaes_are_named(tmp_path, change, message):
+    params = vae_weights(dtype=torch.float32)
+    change(params)
+    save_file(params, tmp_path / "vae.safetensors")
+    refused(tmp_path / "vae.safetensors", message)
+
+
+@pytest.mark.parametrize("write, message", FILES.values(), ids=FILES)
+def test_what_is_no_safetensors_file_is_named(tmp_path, monkeypatch, write, message):
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "vae.ckpt")
+    refused(tmp_path / "vae.ckpt", message)
+    assert not Path("executed").exists()

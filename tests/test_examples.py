@@ -1,0 +1,104 @@
+"""examples/: a network that somebody else wrote is trained, resumed, shared, drawn and scored."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from processes import LAUNCH, ROOT, finish, start
+from safetensors.torch import load_file
+
+import evaluate
+import meanflow
+import runtime
+
+sys.path.insert(0, str(ROOT / "examples"))
+import own_network
+
+WORDS = ["examples/own_network.py", "--batch", "8", "--out"]
+
+
+def train(folder, *words, processes=1):
+    launcher = [*LAUNCH, processes] if processes > 1 else []
+    finish(start(*launcher, *WORDS, folder, *words))
+
+
+def log(folder):
+    clock = ("time", "images_per_second")
+    lines = [json.loads(line) for line in Path(folder, "log.jsonl").read_text().splitlines()[1:]]
+    return [{k: v for k, v in line.items() if k not in clock} for line in lines]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """A run of four steps, the same stopped after two, and the same by two processes."""
+    folder = tmp_path_factory.mktemp("runs")
+    train(folder / "whole", "--steps", 4, "--ref", "digits")
+    train(folder / "parts", "--steps", 2)
+    train(folder / "parts", "--steps", 4)
+    train(folder / "shared", "--steps", 4, processes=2)
+    return folder
+
+
+@pytest.mark.slow
+def test_a_run_of_somebody_elses_network_is_resumed_bit_for_bit(runs):
+    for kind in ("ema", "state"):
+        name = f"{kind}-00000004.safetensors"
+        whole, parts = load_file(runs / "whole" / name), load_file(runs / "parts" / name)
+        assert whole.keys() == parts.keys()
+        assert all(torch.equal(whole[key], parts[key]) for key in whole)
+
+
+@pytest.mark.slow
+def test_two_processes_train_the_same_network(runs):
+    whole, shared = (log(runs / name)[0] for name in ("whole", "shared"))
+    for key in ("loss", "raw_equal", "raw_differ", "grad_norm"):
+        assert shared[key] == pytest.approx(whole[key], rel=1e-4)
+
+
+@pytest.mark.slow
+def test_it_is_watched_drawn_and_scored_as_ours_are(runs, tmp_path):
+    folder = runs / "whole"
+    assert {"grid-00000004.png", "curve.png"} <= {path.name for path in folder.iterdir()}
+    [scores] = [line for line in log(folder) if "fid" in line]
+    sampler = own_network.load(folder)
+    scorer = evaluate.load_scorer("digits", None, (1, 8, 8), runtime.World())
+    path = folder / "ema-00000004.safetensors"
+    options = dict(scorer=scorer, samples=evaluate.Samples(1000), world=runtime.World())
+    again = evaluate.score(path, sampler, [], **options)
+    assert scores.pop("step") == 4 and scores.pop("fid") == pytest.approx(again.pop("fid"))
+    assert scores == again
+    picture = tmp_path / "picture.png"
+    own_network.main(["--out", str(folder), "--draw", str(picture)], runtime.World())
+    assert Image.open(picture).size == (10 * 36 + 4, 10 * 36 + 4)
+
+
+def test_the_module_is_told_both_times_and_the_class():
+    method = own_network.unet_method(1, 10)
+    g = torch.Generator().manual_seed(0)
+    net = method.net(method.init(generator=g))
+    z = torch.randn(2, 1, 8, 8, generator=g)
+    t, r, y = torch.tensor([0.9, 0.9]), torch.tensor([0.3, 0.3]), torch.tensor([3, 3])
+    with torch.no_grad():
+        u = net(z, t, r, y)
+        for other in ((z, t - 0.2, r - 0.2, y), (z, t, t, y), (z, t, r, y + 1)):
+            assert (net(*other) - u).abs().max() > 1e-4
+    assert u.shape == z.shape
+
+
+def test_fresh_weights_depend_on_the_generator_alone():
+    method = own_network.unet_method(1, 10)
+    torch.manual_seed(1)
+    first = method.init(generator=torch.Generator().manual_seed(5))
+    before = torch.random.get_rng_state()
+    again = method.init(generator=torch.Generator().manual_seed(5))
+    other = method.init(generator=torch.Generator().manual_seed(6))
+    assert torch.equal(before, torch.random.get_rng_state())
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert any((first[name] != other[name]).any() for name in first)
+    draws = meanflow.draw((4, 1, 8, 8), generator=torch.Generator().manual_seed(0))
+    x, y = torch.randn(4, 1, 8, 8), torch.arange(4)
+    loss, raw = method.loss(first, x, y, draws, 3)
+    assert loss.shape == raw.shape == (4,)
