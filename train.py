@@ -15,8 +15,7 @@ or Ctrl-C makes it save, without grid and scores, and end. The run's folder hold
                               with --fid, scores of the end and of every 50,000th step
     curve.png                 the log's raw errors and gradient norm by step
 
-`fit` trains any Method: a network and its loss, as functions. dit_method and imf_method make those
-of this house, examples/own_network.py another.
+`fit` trains any Method; dit_method and imf_method make two, examples/own_network.py another.
 """
 
 import argparse
@@ -215,6 +214,7 @@ def open_log(folder, start, lines):
     lock = runtime.lock_folder(folder)
     last = max(checkpoints(folder, "ema"), default=0)
     if last > start:
+        lock.release()
         where = f"{checkpoint(folder, 'ema', last)} is later than the save to continue from"
         raise ValueError(f"{where}, step {start}: move it elsewhere, or choose another --out")
     with runtime.atomic_write(folder / "log.jsonl") as temporary:
@@ -331,9 +331,8 @@ def begin(method, plan, device):
 def open_run(method, dataset, plan, folder, start, world, *, vae, about):
     """Return the Run at step `start`. Write nothing before all processes are ready."""
     kind, classes, shape = dataset.kind, dataset.classes, dataset.shape
-    run = about | plan._asdict() | {"data": dataset.name}
-    run = run | {"commit": runtime.commit(), "torch": torch.__version__}
-    run = json.loads(json.dumps(run))  # tuples become lists, as in the log
+    run = about | plan._asdict() | {"data": dataset.name, "commit": runtime.commit()}
+    run = json.loads(json.dumps(run | {"torch": torch.__version__}))  # with lists, as in the log
     lines, state = read_log(folder, start, run), begin(method, plan, world.device)
     about = {"kind": kind, "classes": json.dumps(classes), "run": json.dumps(run)}
     about |= {"model": f"{method.name}, averaged weights"} | method.metadata
@@ -360,8 +359,7 @@ def save(run, step, skip_grid):
         raise ValueError(f"the weights are not finite after step {step}; {last}")
     if not skip_grid and run.dataset.kind in data.TENSOR:
         x = sample.generate(run.sampler, sample.choose_shown(run.dataset))
-        path = run.folder / f"grid-{step:08}.png"
-        sample.save_grid(sample.to_uint8(x, run.sampler), path)
+        sample.save_grid(sample.to_uint8(x, run.sampler), run.folder / f"grid-{step:08}.png")
     evaluate.plot([run.folder], run.folder / "curve.png")
     weights.save_checkpoint(run.folder, step, saved_tensors(run.state), run.metadata)
 
@@ -453,13 +451,15 @@ def fit(
     start = find_start(folder, plan, parts * world.size)
     run = open_run(method, dataset, plan, folder, start, world, vae=vae, about=about)
     after_save = partial(log_scores, run, score) if score else lambda: None
-    after_save()
-    objective = parallel(Objective(method.loss, run.state.params, plan.precision), world)
-    batches = stream(method, dataset, plan, start, world, parts)
-    with runtime.noted_signals() as stopping:
-        step, stopped = loop(run, objective, batches, start, every, stopping, after_save)
-    if run.log:
-        run.log.lock.release()
+    try:
+        after_save()
+        objective = parallel(Objective(method.loss, run.state.params, plan.precision), world)
+        batches = stream(method, dataset, plan, start, world, parts)
+        with runtime.noted_signals() as stopping:
+            step, stopped = loop(run, objective, batches, start, every, stopping, after_save)
+    finally:
+        if run.log:
+            run.log.lock.release()
     if stopped:
         say(f"stopped by a signal after step {step}, which is saved: the same command continues")
     elif run.log and dataset.kind in data.TENSOR:
@@ -548,8 +548,7 @@ def choose_guidance(recipe, name, classes, given):
     """Return the recipe's guidance; of a single class none, where none must be `given`."""
     if recipe.guidance is None or classes > 1:
         return recipe.guidance
-    if given:
-        raise ValueError(f"--guidance would be ignored as {name} has one class: leave it out")
+    refuse(f"as {name} has one class", guidance=given)
     return 1.0, 0.0, (0.0, 1.0)
 
 

@@ -618,6 +618,14 @@ def make_method(compiled=False, **options):
 PLAN = train.Plan(lr=6e-3, batch=8, steps=4)
 
 
+def test_a_method_is_of_any_size():
+    method = train.imf_method((64, 1, 2, 2), channels=1, classes=3, kind="pixels")
+    params = method.init(generator=torch.Generator().manual_seed(0))
+    assert imf.config(params) == (64, 1, 2, 2, 1, 3, True)
+    with pytest.raises(ValueError, match="size 'iZ/2' is unknown: choose one of iT/2, "):
+        train.imf_method("iZ/2", channels=1, classes=3, kind="pixels").init(generator=None)
+
+
 def test_images_of_one_class_are_not_guided():
     one = data.digits()._replace(classes=["all"], labels=torch.zeros(1797, dtype=torch.int64))
     method = make_method(classes=1)

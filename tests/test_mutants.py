@@ -21,6 +21,7 @@ import test_train
 import test_vae
 import test_weights
 import torch
+from test_copy import ORDER
 
 ROOT = Path(__file__).parent.parent
 MODULES = test_meanflow, test_dual, test_model, test_imf, test_vae, test_fid, test_inception
@@ -560,11 +561,20 @@ MUTANTS = {
          test_inception.test_score_of_certain_and_of_clueless_networks),
         ("single precision", ".double().log_softmax(1)", ".float().log_softmax(1)",
          test_inception.test_score_of_probabilities_by_hand),
+        ("processes' scatters stay about their own means",
+         "+ shift.outer(shift) * (n * m / total)", "",
+         test_evaluate.test_gathering_loses_no_digits),
+        ("processes of unequal shares count alike", "mean + shift * (m / total)",
+         "mean + shift / 2", test_evaluate.test_gathering_loses_no_digits),
+        ("moments about zero are added up", "scatter + more + shift.outer(shift) * (n * m / total)",
+         "scatter + n * mean.outer(mean) + more + m * other.outer(other) - "
+         "(n * mean + m * other).outer(n * mean + m * other) / total",
+         test_evaluate.test_gathering_loses_no_digits),
         ("a biased covariance", "scatter / (count - 1)", "scatter / count",
          test_fid.test_statistics_are_those_of_all_items_at_once_however_they_come),
-        ("means are not combined", "old_mean + shift * (n / total)", "old_mean",
+        ("means are not combined", "mean + shift * (m / total)", "mean",
          test_fid.test_statistics_are_those_of_all_items_at_once_however_they_come),
-        ("the shift of the means is left out", "+ shift.outer(shift) * (count * n / total)", "",
+        ("the shift of the means is left out", "+ shift.outer(shift) * (n * m / total)", "",
          test_fid.test_statistics_are_those_of_all_items_at_once_however_they_come),
         ("single precision", "features = features.double()", "features = features.float()",
          test_fid.test_statistics_of_single_precision_features_are_double),
@@ -669,15 +679,6 @@ MUTANTS = {
     "evaluate": [
         ("a linear curve", 'yscale="log")', 'yscale="linear")',
          [test_evaluate.test_the_curve_of_a_run_is_that_of_the_log, ("raw_equal", "raw_differ")]),
-        ("processes' scatters stay about their own means", " + shift.outer(shift) * state[0]", "",
-         test_evaluate.test_gathering_loses_no_digits),
-        ("processes of unequal shares count alike", "(m - origin) * (n / total)",
-         "(m - origin) / len(parts)", test_evaluate.test_gathering_loses_no_digits),
-        ("moments about zero are added up",
-         "scatter = state[2].cpu() + shift.outer(shift) * state[0]",
-         "scatter = state[2].cpu() + state[1].outer(state[1]) * state[0] - mean.outer(mean) * "
-         "total / 2",
-         test_evaluate.test_gathering_loses_no_digits),
     ],
     "train": [
         ('an average of the average',
@@ -742,6 +743,17 @@ ROWS = [
 ]
 
 
+def put_in_place(monkeypatch, original, mutant):
+    """Let the tests and the other files see the mutant wherever they see the original."""
+    for module in (*MODULES, *(importlib.import_module(name) for name in ORDER)):
+        for key, value in list(vars(module).items()):
+            name = getattr(value, "__name__", None)
+            if value is original:
+                monkeypatch.setattr(module, key, mutant)
+            elif value is not None and value is vars(original).get(name) and module is not original:
+                monkeypatch.setattr(module, key, vars(mutant)[name])
+
+
 @pytest.mark.parametrize("file, wrong, old, new, test", ROWS)
 def test_mutant_is_caught(monkeypatch, request, file, wrong, old, new, test):
     source = (ROOT / f"{file}.py").read_text()
@@ -754,10 +766,7 @@ def test_mutant_is_caught(monkeypatch, request, file, wrong, old, new, test):
     for place, parameter in enumerate(inspect.signature(function).parameters):
         if parameter in ("capsys", "monkeypatch", "tmp_path"):
             arguments.insert(place, request.getfixturevalue(parameter))
-    original = importlib.import_module(file)
-    for module in MODULES:
-        for attribute in [key for key, value in vars(module).items() if value is original]:
-            monkeypatch.setattr(module, attribute, mutant)
+    put_in_place(monkeypatch, importlib.import_module(file), mutant)
     if file == "dual":  # whose mutants change torch, too, and are tested in float64
         request.getfixturevalue("double")
         monkeypatch.setitem(sys.modules, name, mutant)  # where Dynamo finds its classes

@@ -577,10 +577,12 @@ def test_a_run_that_another_process_has_moved_on_is_not_cut_back(monkeypatch, tm
 
     with (
         monkeypatch.context() as m,
-        pytest.raises(ValueError, match="ema-00000004.* is later than"),
+        pytest.raises(ValueError, match="ema-00000004.* is later than") as error,
     ):
         m.setattr(train, "begin", late)
         train.main([*words, "6"], World())
+    runtime.lock_folder(tmp_path).release()  # while `error` still holds what the run held
+    assert error.value.__traceback__
     assert [entry["step"] for entry in losses(tmp_path)] == [2, 4]
 
 
@@ -833,7 +835,7 @@ def test_methods_have_their_own_draws_errors_and_metadata(tmp_path):
 
 
 @pytest.mark.parametrize("fails", [False, True])
-def test_handlers_are_put_back_after_training(tmp_path, fails):
+def test_handlers_are_put_back_and_the_folder_is_unlocked_after_training(tmp_path, fails):
     numbers = signal.SIGTERM, signal.SIGINT
     before, during = [signal.getsignal(number) for number in numbers], []
 
@@ -844,10 +846,12 @@ def test_handlers_are_put_back_after_training(tmp_path, fails):
         return sequence_loss(*inputs)
 
     method = train.Method("Mine", sequence_params, meanflow.draw, loss, sequence_net)
-    with pytest.raises(ValueError, match="no") if fails else nullcontext():
+    with pytest.raises(ValueError, match="no") if fails else nullcontext() as error:
         train_sequences((tmp_path, 1, 1), World(), method)
     assert [signal.getsignal(number) for number in numbers] == before
     assert len(during) == 1 and all(a != b for a, b in zip(before, during[0]))
+    runtime.lock_folder(tmp_path).release()  # while `error` still holds what the run held
+    assert fails == (error is not None)
 
 
 # --- runs from before ---
