@@ -421,7 +421,8 @@ def draw_line(axes, lines, name, label, k=None, **style):
     if k is not None:
         values = [(v[k:] or [None])[0] if isinstance(v, list) else None for v in values]
     points = [number(line["step"]) for line in lines], [*map(number, values)]
-    axes.plot(*points, label=label, marker=".", markersize=3, linewidth=1, **style)
+    marker = "." if len(lines) < 100 else None  # of many they take seconds
+    axes.plot(*points, label=label, marker=marker, markersize=3, linewidth=1, **style)
 
 
 # --- the command line ---

@@ -284,8 +284,11 @@ def log_means(run, history, grad_norm, rate):
 def log_scores(run, score):
     """Write a line of scores for each lasting save, and the run's last, that has none yet.
 
-    score(path, sampler, known) -> the line of a checkpoint, or the one of `known` that is it.
+    score(path, sampler, known) -> the line of a checkpoint, or the one of `known` that is it. If it
+    is None, do nothing.
     """
+    if score is None:
+        return
     known = runtime.read_lines(run.folder / "log.jsonl") if run.log else []
     saves = checkpoints(run.folder, "ema") if run.log else {}
     known, saves = all_gather((known, saves))[0]
@@ -401,11 +404,8 @@ def is_due(step, last, every, share, world):
     return any(all_gather(world.rank == 0 and bool(every or share <= SAVE_SHARE)))
 
 
-def loop(run, objective, batches, start, every, stopping, after_save):
-    """Train from step `start` on. Return the last step and whether `stopping`, an Event, ended it.
-
-    after_save() is called in all processes after each save.
-    """
+def loop(run, objective, batches, start, every, stopping, score):
+    """Train from step `start` on. Return the last step, and whether `stopping` was set before."""
     state, plan, world, history, in_saves = run.state, run.plan, run.world, [], 0.0
     interval = 0.1 if sys.stderr.isatty() else 60  # seconds between lines in a scheduler's file
     options = dict(initial=start, total=plan.steps, disable=world.rank > 0, mininterval=interval)
@@ -429,7 +429,7 @@ def loop(run, objective, batches, start, every, stopping, after_save):
             if stopped:
                 return step, True
             if saving:
-                after_save()
+                log_scores(run, score)
             clock = time.monotonic()
     return plan.steps, False
 
@@ -450,13 +450,12 @@ def fit(
     dataset = dataset._replace(mirror=dataset.mirror and method.mirror)
     start = find_start(folder, plan, parts * world.size)
     run = open_run(method, dataset, plan, folder, start, world, vae=vae, about=about)
-    after_save = partial(log_scores, run, score) if score else lambda: None
     try:
-        after_save()
+        log_scores(run, score)
         objective = parallel(Objective(method.loss, run.state.params, plan.precision), world)
         batches = stream(method, dataset, plan, start, world, parts)
         with runtime.noted_signals() as stopping:
-            step, stopped = loop(run, objective, batches, start, every, stopping, after_save)
+            step, stopped = loop(run, objective, batches, start, every, stopping, score)
     finally:
         if run.log:
             run.log.lock.release()
