@@ -37,19 +37,7 @@ from torch.utils._pytree import tree_map
 from torch.utils.data import ConcatDataset
 from tqdm import tqdm
 
-from runtime import (
-    atomic_write,
-    barrier,
-    generator,
-    launch,
-    lock_folder,
-    number,
-    parser,
-    read_tensors,
-    save_tensors,
-    say,
-    sha256,
-)
+import runtime
 from vae import SCALE, encode
 from weights import VAE, load_vae
 
@@ -80,7 +68,7 @@ def digits():
 
 @lru_cache(2)  # epochs: permuting ImageNet takes longer than a step
 def permutation(count, seed, epoch):
-    return torch.randperm(count, generator=generator(seed, "order", epoch))
+    return torch.randperm(count, generator=runtime.generator(seed, "order", epoch))
 
 
 def epoch_indices(count, batch, *, seed, step):
@@ -103,7 +91,7 @@ def batch(dataset, size, *, seed, step, rank=0, world=1, latents=(0.0, SCALE)):
     """
     mine = slice(rank, None, world)
     rows = epoch_indices(len(dataset.items), size, seed=seed, step=step)[mine]
-    views = generator(seed, "views", step)
+    views = runtime.generator(seed, "views", step)
     mirrored = torch.randint(2, (size,), generator=views)[mine] * dataset.mirror
     items = [dataset.items[i] for i in rows.tolist()]
     if dataset.kind == "latents":
@@ -161,12 +149,12 @@ def load_data(folder, rank=0, world=1):
         return digits()
     index, hint = read_index(Path(folder, "index.json")), "delete it and run data.py again"
     paths = [Path(folder, Path(name).name) for name in index["shards"]]
-    shards, mine = [read_tensors(path, hint)[0] for path in paths], paths[rank::world]
+    shards, mine = [runtime.read_tensors(path, hint)[0] for path in paths], paths[rank::world]
     with ThreadPoolExecutor() as pool:
-        for path, digest in zip(mine, pool.map(sha256, mine)):
+        for path, digest in zip(mine, pool.map(runtime.sha256, mine)):
             if digest != index["shards"][path.name]["sha256"]:
                 raise ValueError(f"{path} does not have the checksum in index.json: {hint}")
-    barrier()  # until the other processes have checked theirs
+    runtime.barrier()  # until the other processes have checked theirs
     kind = index["kind"]
     items = ConcatDataset([shard[TENSOR[kind]] for shard in shards])
     labels = torch.cat([shard["labels"] for shard in shards])
@@ -279,13 +267,13 @@ def is_complete(path, source, entry):
     if about.get("source") != source:
         what = "other files, or with another resolution or VAE"
         raise ValueError(f"{path} was made from {what}: choose another OUT")
-    return not entry or entry["sha256"] == sha256(path)
+    return not entry or entry["sha256"] == runtime.sha256(path)
 
 
 def save_shard(path, kind, items, labels, source, left_out=()):
     """Write a shard: items as in this file's docstring, labels (n,) int64, and what they are of."""
     metadata = json.dumps({"source": source, "left_out": left_out})
-    save_tensors(path, {TENSOR[kind]: items, "labels": labels}, {"about": metadata})
+    runtime.save_tensors(path, {TENSOR[kind]: items, "labels": labels}, {"about": metadata})
 
 
 def write_shards(root, files, about, todo, vae, world):
@@ -322,13 +310,13 @@ def write_index(folder, shards, about):
     """
     labels, entries, left_out = [], {}, []
     for path in shards:
-        tensors, metadata = read_tensors(path, "run the same command again")
+        tensors, metadata = runtime.read_tensors(path, "run the same command again")
         labels.append(tensors["labels"])
         left_out += json.loads(metadata["about"])["left_out"]
-        entries[path.name] = {"count": len(labels[-1]), "sha256": sha256(path)}
+        entries[path.name] = {"count": len(labels[-1]), "sha256": runtime.sha256(path)}
     counts = torch.cat(labels).bincount(minlength=len(about["classes"])).tolist()
     index = about | {"counts": counts, "left_out": left_out, "shards": entries}
-    with atomic_write(folder / "index.json") as temporary:
+    with runtime.atomic_write(folder / "index.json") as temporary:
         temporary.write_text(json.dumps(index | {"checksum": checksum(index)}, indent=1))
     side = about["resolution"]
     done = f"{sum(counts):,} images of {len(counts):,} classes as {about['kind']} of {side}x{side}"
@@ -340,31 +328,31 @@ def convert(root, folder, files, about, vae, world):
 
     Shards that are there, whole, are kept. about: as for `write_index`.
     """
-    lock = lock_folder(folder) if world.rank == 0 else None
-    say(f"{len(files):,} files of {len(about['classes']):,} classes")
+    lock = runtime.lock_folder(folder) if world.rank == 0 else None
+    runtime.say(f"{len(files):,} files of {len(about['classes']):,} classes")
     if len(about["classes"]) == 1:
-        say("one class: labels, and so guidance, will make no difference")
-    barrier()
+        runtime.say("one class: labels, and so guidance, will make no difference")
+    runtime.barrier()
     shards = [folder / f"shard-{k:05}.safetensors" for k in range(-(-len(files) // SHARD))]
     index = folder / "index.json"
     known = read_index(index)["shards"] if index.exists() else {}
     todo = {k: shards[k] for k in range(world.rank, len(shards), world.size)}
     todo = {k: p for k, p in todo.items() if not is_complete(p, about["source"], known.get(p.name))}
     write_shards(root, files, about, todo, vae, world)
-    barrier()
+    runtime.barrier()
     if lock:
         write_index(folder, shards, about)
         lock.release()
 
 
 def main(argv, world):
-    arguments = parser(__doc__)
+    arguments = runtime.parser(__doc__)
     add = arguments.add_argument
     add("images", type=Path, help="a folder of images, or with a folder of images per class")
     add("out", type=Path, help="the folder to write")
     add("--vae", help=f"the VAE's file ({VAE}); default: write pixels")
     side = "side of the crops (default: 256 with --vae, else the first image's shorter side)"
-    add("--resolution", type=number(int, 1), help=side)
+    add("--resolution", type=runtime.number(int, 1), help=side)
     mirror = "train without mirror images, as text and digits need (default: with them)"
     add("--no-mirror", action="store_true", help=mirror)
     args = arguments.parse_args(argv)
@@ -381,7 +369,7 @@ def main(argv, world):
         "mirror": not args.no_mirror,
         "channels": 4 if vae else 3,
         "scale": SCALE if vae else None,
-        "vae": sha256(args.vae) if vae else None,
+        "vae": runtime.sha256(args.vae) if vae else None,
         "classes": classes,
     }
     about["source"] = checksum([about, files])
@@ -389,4 +377,4 @@ def main(argv, world):
 
 
 if __name__ == "__main__":
-    launch(main)
+    runtime.launch(main)

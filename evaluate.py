@@ -34,19 +34,8 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 import fid
+import runtime
 from data import files_below, load_data, prefetch, read_image
-from runtime import (
-    all_gather,
-    append_line,
-    atomic_write,
-    launch,
-    number,
-    parser,
-    read_lines,
-    refuse,
-    say,
-    sha256,
-)
 from sample import add_sampling, choose_labels, draw_images, generate
 from weights import (
     WEIGHTS,
@@ -194,7 +183,8 @@ def gather(state):
 
     A process without items has None.
     """
-    states = [s for s in all_gather(state and (state[0], state[1].cpu(), state[2].cpu())) if s]
+    mine = state and (state[0], state[1].cpu(), state[2].cpu())
+    states = [state for state in runtime.all_gather(mine) if state]
     if len({len(mean) for _, mean, _ in states}) > 1:
         raise ValueError("images have several sizes: give --inception, or images of one size")
     return reduce(fid.merge, states)
@@ -202,7 +192,7 @@ def gather(state):
 
 def gather_rows(rows):
     """Return the rows of all processes, (N, ...), in order; this one has those rank::world."""
-    parts = all_gather(rows)
+    parts = runtime.all_gather(rows)
     whole = rows.new_empty(sum(map(len, parts)), *rows.shape[1:])
     for rank, part in enumerate(parts):
         whole[rank :: len(parts)] = part
@@ -241,7 +231,7 @@ def measure(path, features, world, count=None, keep_logits=True, shape=None):
             yield part if len(here) > 1 else torch.stack(part)
 
     result = collect(batches(), features, keep_logits)
-    check(set().union(*all_gather(seen)))
+    check(set().union(*runtime.all_gather(seen)))
     return result
 
 
@@ -260,7 +250,7 @@ def load_scorer(ref, inception, shape, world):
     Raises ValueError unless images of `shape` have as many features as the reference.
     """
     features, about = load_features(inception, world.device)
-    digest = f", sha256 {sha256(ref)}" if os.path.isfile(ref) else ""
+    digest = f", sha256 {runtime.sha256(ref)}" if os.path.isfile(ref) else ""
     if not digest or (known := load_statistics(ref)) is None:
         state, _ = measure(ref, features, world, keep_logits=False, shape=shape)
         known, digest = fid.statistics(state), f", {state[0]} images" + digest
@@ -311,7 +301,7 @@ def describe(path, sampler, scorer, samples, device):
         "guidance": list(sampler.guidance) or None,
         "precision": {"network": "float32", "decoder": sampler.vae and decoder},
         "classes": how,
-        "weights": f"{path} sha256 {sha256(path)}",
+        "weights": f"{path} sha256 {runtime.sha256(path)}",
         "vae": samples.vae,
         "scale": samples.scale,
         "convention": samples.convention,
@@ -394,7 +384,7 @@ def plot(folders, path):
     for folder in folders:
         if not Path(folder, "log.jsonl").is_file():
             raise FileNotFoundError(f"{folder} holds no log.jsonl: give the folder of a run")
-        lines = read_lines(Path(folder, "log.jsonl"))[1:]
+        lines = runtime.read_lines(Path(folder, "log.jsonl"))[1:]
         logs[str(folder)] = [line for line in lines if {"step", "grad_norm"} <= line.keys()]
     names = dict.fromkeys(k for lines in logs.values() for line in lines for k in line)
     names = [k for k in names if k.startswith("raw_") and not k.endswith("_by_t")] + ["grad_norm"]
@@ -407,7 +397,7 @@ def plot(folders, path):
                 draw_line(axes, lines, f"{name}_by_t", times, k, alpha=0.5)
         axes.set(title=name, xlabel="step", yscale="log")
         axes.legend(fontsize="small")
-    with atomic_write(path) as temporary:
+    with runtime.atomic_write(path) as temporary:
         figure.savefig(temporary, format="png", dpi=100)
 
 
@@ -429,12 +419,13 @@ def draw_line(axes, lines, name, label, k=None, **style):
 
 
 def parse_arguments(argv):
-    arguments = parser(__doc__)
+    arguments = runtime.parser(__doc__)
     add = arguments.add_argument
     add("what", nargs="+", help="checkpoints (runs' folders or files of weights), or IMAGES")
     add("--ref", help="compare with this: images, or an .npz of statistics")
     add("--inception", help="pt_inception-2015-12-05-6726825d.pth (default: raw pixels)")
-    add("--count", type=number(int, 2), help="samples (default: 50000), or images (default: all)")
+    count = "samples (default: 50000), or images (default: all)"
+    add("--count", type=runtime.number(int, 2), help=count)
     add("--out", type=Path, help="a file to append the lines to")
     add("--save-stats", type=Path, help="the .npz to write mean and covariance of IMAGES to")
     add("--plot", type=Path, help="the picture to draw the logs of runs in, instead of scores")
@@ -444,19 +435,19 @@ def parse_arguments(argv):
     args = arguments.parse_args(argv)
     flags, first = vars(args), args.what[0]
     if args.plot:
-        refuse("with --plot", **{k: flags[k] for k in flags if k not in ("what", "plot")})
+        runtime.refuse("with --plot", **{k: flags[k] for k in flags if k not in ("what", "plot")})
         return args
     if is_images(first):
         apply = ("what", "ref", "inception", "count", "out", "save_stats")
-        refuse(f"as {first} holds images", **{k: flags[k] for k in flags if k not in apply})
+        runtime.refuse(f"as {first} holds images", **{k: flags[k] for k in flags if k not in apply})
         if len(args.what) > 1:
             raise ValueError(f"{first} holds images: score {args.what[1]} in another command")
     else:
-        refuse(f"as {first} is a checkpoint", save_stats=args.save_stats)
+        runtime.refuse(f"as {first} is a checkpoint", save_stats=args.save_stats)
     if not args.ref and not args.save_stats:
         raise ValueError("nothing to do: give --ref, or of images --save-stats, or both")
     if not args.ref:
-        refuse("without --ref", out=args.out)
+        runtime.refuse("without --ref", out=args.out)
     for name, path in (("save-stats", args.save_stats), ("out", args.out)):
         if path and (path.is_dir() or not path.parent.is_dir()):
             raise ValueError(f"--{name} {path}: give a file in a folder that exists")
@@ -481,7 +472,7 @@ def score_images(path, ref, inception, count, save_stats, world):
     state, logits = measure(path, features, world, count, keep_logits=bool(ref))
     if save_stats and world.rank == 0:
         mean, covariance = fid.statistics(state)
-        with atomic_write(save_stats) as temporary, open(temporary, "wb") as file:
+        with runtime.atomic_write(save_stats) as temporary, open(temporary, "wb") as file:
             np.savez(file, mu=mean.numpy(), sigma=covariance.numpy())
     return [scores(state, logits, scorer) | scorer.about | {"images": path}] if ref else []
 
@@ -490,7 +481,8 @@ def main(argv, world):
     args = parse_arguments(argv)
     if args.plot:
         return plot(args.what, args.plot) if world.rank == 0 else None
-    known = all_gather(read_lines(args.out) if args.out and world.rank == 0 else [])[0]
+    known = runtime.read_lines(args.out) if args.out and world.rank == 0 else []
+    known = runtime.all_gather(known)[0]
     compared = args.ref, args.inception
 
     def open_checkpoint(path):
@@ -502,17 +494,17 @@ def main(argv, world):
         lines = score_images(args.what[0], *compared, args.count, args.save_stats, world)
     else:
         steps, seed, count = args.steps or 1, args.seed or 0, args.count or 50_000
-        vae = args.vae and sha256(args.vae)
+        vae = args.vae and runtime.sha256(args.vae)
         chosen = args.classes, args.uniform, steps, seed, vae, args.scale, args.convention
         samples = Samples(count, *chosen)
         paths = list_checkpoints(args.what, args.every)
         lines = score_checkpoints(paths, open_checkpoint, *compared, samples, known, world)
     for line in lines:
-        say(json.dumps(line))
+        runtime.say(json.dumps(line))
         if args.out and world.rank == 0 and line not in known:
-            append_line(args.out, line)
+            runtime.append_line(args.out, line)
         known.append(line)
 
 
 if __name__ == "__main__":
-    launch(main)
+    runtime.launch(main)

@@ -25,18 +25,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from tqdm import tqdm
 
 import meanflow
-from runtime import (
-    TEMPORARY,
-    atomic_write,
-    barrier,
-    generator,
-    launch,
-    number,
-    numbers,
-    parser,
-    refuse,
-    say,
-)
+import runtime
 from vae import SCALE, decode
 from weights import CONVENTIONS, choose_guidance, image_shape, open_sampler
 
@@ -48,7 +37,7 @@ GAP, GREY = 4, 128  # pixels between the images of a grid, and their value
 
 def noise(seed, indices, shape):
     """Return standard normal noise, (len(indices), *shape): sample i is the same in any batch."""
-    generators = (generator(seed, "samples", i) for i in indices)
+    generators = (runtime.generator(seed, "samples", i) for i in indices)
     return torch.stack([torch.randn(shape, generator=g) for g in generators])
 
 
@@ -124,7 +113,7 @@ def save_grid(images, path, *, columns=10, gap=GAP, enlarged=32):
     x = F.pad(x.flatten(3).flatten(1, 2), (gap, 0, gap, 0), value=GREY)  # c (row h) (col w)
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_write(path) as temporary:
+    with runtime.atomic_write(path) as temporary:
         Image.fromarray(x.permute(1, 2, 0).squeeze(-1).numpy()).save(temporary)
 
 
@@ -141,12 +130,12 @@ def image_writer(path, count, shape, world):
     about = {"descr": "|u1", "fortran_order": False, "shape": shape}
     np.lib.format.write_array_header_1_0(header, about)
     start, size = len(header.getvalue()), math.prod(shape[1:])
-    part = path.with_name(f"{TEMPORARY}{path.stem}.npy")  # memory may not hold all
+    part = path.with_name(f"{runtime.TEMPORARY}{path.stem}.npy")  # memory may not hold all
     try:
         if world.rank == 0:
             path.parent.mkdir(parents=True, exist_ok=True)
             part.write_bytes(header.getvalue())
-        barrier()
+        runtime.barrier()
         with open(part, "rb+") as file:
 
             def write(i, image):
@@ -154,9 +143,9 @@ def image_writer(path, count, shape, world):
                 file.write(image.expand(3, -1, -1).permute(1, 2, 0).cpu().numpy().tobytes())
 
             yield write
-        barrier()
+        runtime.barrier()
         if world.rank == 0:
-            with atomic_write(path) as temporary, zipfile.ZipFile(temporary, "w") as file:
+            with runtime.atomic_write(path) as temporary, zipfile.ZipFile(temporary, "w") as file:
                 file.write(part, "arr_0.npy")
     except OSError as error:
         raise OSError(f"{path} cannot be written ({error}): make room, or give another") from None
@@ -167,7 +156,7 @@ def image_writer(path, count, shape, world):
 
 def write_images(path, sampler, labels, world, *, steps=1, seed=0):
     """Write an image per label to a folder or an .npz, of which each process draws its share."""
-    barrier()  # before one process writes to `path`, which the others check
+    runtime.barrier()  # before one process writes to `path`, which the others check
     with image_writer(path, len(labels), image_shape(sampler.kind, sampler.shape), world) as write:
         for indices, images in draw_images(sampler, labels, world, steps=steps, seed=seed):
             for i, image in zip(indices, images):
@@ -179,16 +168,16 @@ def write_images(path, sampler, labels, world, *, steps=1, seed=0):
 
 def add_sampling(add):
     """Add the flags that say what is drawn from a checkpoint, and how."""
-    whole = numbers(int, "as 3,1,4")
+    whole = runtime.numbers(int, "as 3,1,4")
     add("--classes", type=whole, help="their numbers, separated by commas (default: all, in turn)")
     add("--uniform", action="store_true", help="draw classes at random (default: in turn)")
-    add("--steps", type=number(int, 1), help="evaluations of the network (default: 1)")
+    add("--steps", type=runtime.number(int, 1), help="evaluations of the network (default: 1)")
     add("--seed", type=int, help="of the noise and of drawn classes (default: 0)")
     add("--vae", help="sd-vae-ft-mse's file, which decodes latents (see vae.py)")
-    add("--scale", type=number(float, 0), help=f"of latents, if not {SCALE}")
+    add("--scale", type=runtime.number(float, 0), help=f"of latents, if not {SCALE}")
     what = "; ".join(f"{name}: {meaning}" for name, meaning in CONVENTIONS.items())
     add("--convention", choices=CONVENTIONS, help=f"of a network that predicts a velocity: {what}")
-    times = numbers(float, "two times, as 0.4,0.65", 2)
+    times = runtime.numbers(float, "two times, as 0.4,0.65", 2)
     add("--interval", type=times, metavar="LOW,HIGH", help="times between which guidance acts")
 
 
@@ -202,30 +191,30 @@ def choose_labels(count, classes, known, *, uniform=False, seed=0):
         raise ValueError(f"class {bad[0]} is out of range: give classes from 0 to {known - 1}")
     places = torch.arange(count) % len(classes)
     if uniform:
-        g = generator(seed, "classes", 0)
+        g = runtime.generator(seed, "classes", 0)
         places = torch.randint(len(classes), (count,), generator=g)
     return torch.tensor(classes)[places]
 
 
 def parse_arguments(argv):
-    arguments = parser(__doc__)
+    arguments = runtime.parser(__doc__)
     add = arguments.add_argument
     add("checkpoint", help="a run's folder, or a file of weights, .safetensors, .pt or .pth")
     add_sampling(add)
     scales = "an iMF's guidance; of several, as 1,4,8, each has its row of the picture"
-    add("--omega", type=numbers(float, "as 1,4,8"), help=scales)
+    add("--omega", type=runtime.numbers(float, "as 1,4,8"), help=scales)
     add("--out", help="the picture to write (default: samples.png)")
     add("--images", type=Path, help="a folder, or a new .npz as ADM's, to write samples to")
-    add("--count", type=number(int, 1), help="samples for --images (default: 50000)")
+    add("--count", type=runtime.number(int, 1), help="samples for --images (default: 50000)")
     args = arguments.parse_args(argv)
     if args.images:
-        refuse("with --images", out=args.out)
+        runtime.refuse("with --images", out=args.out)
         if args.images.is_file() or args.images.is_dir() and any(args.images.iterdir()):
             raise ValueError(f"--images {args.images} already exists: give another name")
         if args.omega and len(args.omega) > 1:
             raise ValueError("--omega takes one number with --images: leave out the others")
     else:
-        refuse("without --images", count=args.count, uniform=args.uniform)
+        runtime.refuse("without --images", count=args.count, uniform=args.uniform)
     return args
 
 
@@ -245,14 +234,14 @@ def main(argv, world):
             args.count or 50_000, args.classes, known, uniform=args.uniform, seed=seed
         )
         write_images(args.images, samplers[0], labels, world, **options)
-        say(args.images)
+        runtime.say(args.images)
     elif world.rank == 0:
         labels = choose_labels(len(args.classes or range(10)), args.classes, known)
         x = torch.cat([generate(sampler, labels, **options) for sampler in samplers])
         columns = len(labels) if len(samplers) > 1 else 10
         save_grid(to_uint8(x, sampler), out, columns=columns)
-        say(out)
+        runtime.say(out)
 
 
 if __name__ == "__main__":
-    launch(main)
+    runtime.launch(main)

@@ -195,7 +195,7 @@ def test_gathering_loses_no_digits(monkeypatch):
     x = randn(0, 50, 4)
     parts = (x[:20], x[20:27], x[27:])
     states = [fid.accumulate(None, part + 1e6) for part in parts]
-    monkeypatch.setattr(evaluate, "all_gather", lambda _: [*states, None])
+    monkeypatch.setattr(runtime, "all_gather", lambda _: [*states, None])
     count, mean, scatter = evaluate.gather(None)
     _, sigma = fid.statistics((count, mean, scatter))
     assert count == 50 and (mean - 1e6 - x.mean(0)).abs().max() < 1e-9
@@ -206,7 +206,7 @@ def test_gathering_loses_no_digits(monkeypatch):
 def test_rows_are_gathered_in_the_order_of_one_process(monkeypatch, count, world):
     rows = randn(0, count, 2)
     parts = [rows[rank::world] for rank in range(world)]
-    monkeypatch.setattr(evaluate, "all_gather", lambda _: parts)
+    monkeypatch.setattr(runtime, "all_gather", lambda _: parts)
     assert torch.equal(evaluate.gather_rows(parts[0]), rows)
 
 
@@ -479,7 +479,7 @@ def test_raw_pixels_of_other_shapes_are_not_compared(tmp_path, monkeypatch):
     assert "images of (3, 16, 32) and (3, 32, 16) cannot be compared: give --inception" in message
     others = [{(3, 16, 32)}, {(3, 32, 16)}]
     monkeypatch.setattr(
-        evaluate, "all_gather", lambda value: others if value == others[0] else [value]
+        runtime, "all_gather", lambda value: others if value == others[0] else [value]
     )
     with pytest.raises(ValueError, match="tall: images of .* cannot be compared"):
         evaluate.measure(tmp_path / "tall", evaluate.pixels, runtime.World())

@@ -3,26 +3,22 @@
 import json
 import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
+from conftest import paint
 from PIL import Image
 from processes import LAUNCH, ROOT, finish, start
 from safetensors.torch import load_file
 
+import data
 import evaluate
 import meanflow
 import runtime
 
 sys.path.insert(0, str(ROOT / "examples"))
 import own_network
-
-WORDS = ["examples/own_network.py", "--batch", "8", "--out"]
-
-
-def train(folder, *words, processes=1):
-    launcher = [*LAUNCH, processes] if processes > 1 else []
-    finish(start(*launcher, *WORDS, folder, *words))
 
 
 def log(folder):
@@ -32,13 +28,27 @@ def log(folder):
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory):
+def pictures(tmp_path_factory):
+    """What data.py writes of 3 x 4 coloured images of 8x8 pixels."""
+    folder = tmp_path_factory.mktemp("data")
+    paint(folder / "images", 3, 4, 8)
+    data.main([str(folder / "images"), str(folder / "pixels")], runtime.World())
+    return str(folder / "pixels")
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory, pictures):
     """A run of four steps, the same stopped after two, and the same by two processes."""
     folder = tmp_path_factory.mktemp("runs")
-    train(folder / "whole", "--steps", 4, "--ref", "digits")
-    train(folder / "parts", "--steps", 2)
-    train(folder / "parts", "--steps", 4)
-    train(folder / "shared", "--steps", 4, processes=2)
+    words = [pictures, "--batch", "8", "--out"]
+    shared = ["examples/own_network.py", *words, folder / "shared", "--steps", 4]
+    process = start(*LAUNCH, 2, *shared)
+    few = evaluate.Samples(30)
+    with mock.patch.object(evaluate, "Samples", lambda count: few):
+        for name, steps in (("whole", "4"), ("parts", "2"), ("parts", "4")):
+            flags = [str(folder / name), "--steps", steps, "--ref", pictures]
+            own_network.main([*words, *flags], runtime.World())
+    finish(process)
     return folder
 
 
@@ -59,14 +69,14 @@ def test_two_processes_train_the_same_network(runs):
 
 
 @pytest.mark.slow
-def test_it_is_watched_drawn_and_scored_as_ours_are(runs, tmp_path):
+def test_it_is_watched_drawn_and_scored_as_ours_are(runs, pictures, tmp_path):
     folder = runs / "whole"
     assert {"grid-00000004.png", "curve.png"} <= {path.name for path in folder.iterdir()}
     [scores] = [line for line in log(folder) if "fid" in line]
     sampler = own_network.load(folder)
-    scorer = evaluate.load_scorer("digits", None, (1, 8, 8), runtime.World())
+    scorer = evaluate.load_scorer(pictures, None, (3, 8, 8), runtime.World())
     path = folder / "ema-00000004.safetensors"
-    options = dict(scorer=scorer, samples=evaluate.Samples(1000), world=runtime.World())
+    options = dict(scorer=scorer, samples=evaluate.Samples(30), world=runtime.World())
     again = evaluate.score(path, sampler, [], **options)
     assert scores.pop("step") == 4 and scores.pop("fid") == pytest.approx(again.pop("fid"))
     assert scores == again

@@ -1,7 +1,6 @@
 """README.md: its code and its job script run, and .ci/run runs its test command."""
 
 import json
-import os
 import subprocess
 import textwrap
 from pathlib import Path
@@ -70,7 +69,7 @@ def test_the_job_script_saves_and_is_queued_again(tmp_path):
     )
     words = f"{ROOT}/train.py --batch 16 --save 7 --out run --steps"
     environment = ENVIRONMENT | {
-        "PATH": f"{tmp_path}:{os.environ['PATH']}",
+        "PATH": f"{tmp_path}:{ENVIRONMENT['PATH']}",
         "SLURM_NNODES": "1",
         "SLURM_JOB_ID": "42",
         "SLURM_JOB_NODELIST": "one",

@@ -6,6 +6,7 @@ import json
 import signal
 import subprocess
 import sys
+from datetime import timedelta
 
 import numpy as np
 import pytest
@@ -315,6 +316,18 @@ def test_how_a_script_ends(tmp_path, world):
         assert (process.returncode == 0) == (what == "well"), errors
         assert ours.count("script.py: ") == (what not in ("well", "unforeseen"))
         assert cases[what] in ours and ("Traceback" in ours) == (what == "unforeseen")
+
+
+def test_processes_wait_for_each_other_for_days(monkeypatch):
+    """One may be done with its share of 50,000 samples long before another."""
+    seen = {}
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    monkeypatch.setattr(runtime, "rendezvous", lambda _: iter([("store", 0, 1)]))
+    monkeypatch.setattr(runtime.dist, "init_process_group", lambda *_, **group: seen.update(group))
+    monkeypatch.setattr(runtime.os, "_exit", lambda status: seen.update(status=status))
+    runtime.launch(lambda argv, world: None)
+    assert seen.pop("timeout") >= timedelta(days=2)
+    assert seen == {"store": "store", "rank": 0, "world_size": 1, "status": 0}
 
 
 @slow
