@@ -485,6 +485,21 @@ def test_raw_pixels_of_other_shapes_are_not_compared(tmp_path, monkeypatch):
         evaluate.measure(tmp_path / "tall", evaluate.pixels, runtime.World())
 
 
+def test_logits_are_kept_for_scores_alone(monkeypatch, tmp_path):
+    """Those of ImageNet's 1.3 million images would take 5 GB."""
+    kept, collect = [], evaluate.collect
+
+    def spy(batches, features, keep_logits=True):
+        kept.append(keep_logits)
+        return collect(batches, features, keep_logits)
+
+    monkeypatch.setattr(evaluate, "collect", spy)
+    evaluate.main(["digits", "--save-stats", str(tmp_path / "ref.npz")], runtime.World())
+    assert kept == [False]
+    evaluate.main(["digits", "--ref", "digits"], runtime.World())
+    assert kept == [False, False, True]
+
+
 # --- checkpoints ---
 
 

@@ -659,3 +659,64 @@ def test_what_is_no_safetensors_file_is_named(tmp_path, monkeypatch, write, mess
     write(tmp_path / "vae.ckpt")
     refused(tmp_path / "vae.ckpt", message)
     assert not Path("executed").exists()
+
+
+# --- methods ---
+
+
+def a_batch(shape=(8, 1, 8, 8)):
+    g = torch.Generator().manual_seed(0)
+    return torch.randn(shape, generator=g), torch.arange(shape[0]) % 10, g
+
+
+METHODS = {
+    "dit": (partial(weights.dit_method, "T/2", guidance=(1.0, 0.3, (0.0, 1.0))), 3 * 4),
+    # the trunk and two heads for rows with r = t and for the others, trunk and one for velocities
+    "imf": (partial(weights.imf_method, "iT/2", kind="pixels"), 2 * 6 + 4),
+}
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_compiled_method_computes_with_the_compiled_block_alone(monkeypatch, name):
+    calls = []
+
+    def compile(f, **options):
+        return lambda *inputs: (calls.append(options), f(*inputs))[1]
+
+    make, blocks = METHODS[name]
+    x, y, g = a_batch()
+    plain = make(channels=1, classes=10)
+    monkeypatch.setattr(weights.dual, "compile", compile)
+    compiled = make(channels=1, classes=10, compiled=True)
+    params, draws = plain.init(generator=g), plain.draw(x.shape, generator=g)
+    equal = int((draws.t == draws.r).sum())
+    wanted = plain.loss(params, x, y, draws, equal)
+    assert not calls
+    for got, want in zip(compiled.loss(params, x, y, draws, equal), wanted):
+        assert torch.equal(got, want)
+    assert calls == blocks * [{"dynamic": False}]
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_rows_with_equal_times_are_not_counted_again(monkeypatch, name):
+    """Counting makes the host wait for a GPU."""
+
+    def fail(*_):
+        raise AssertionError("counted")
+
+    make, _ = METHODS[name]
+    x, y, g = a_batch()
+    method = make(channels=1, classes=10)
+    params, draws = method.init(generator=g), method.draw(x.shape, generator=g)
+    monkeypatch.setattr(weights.meanflow, "count_equal", fail)
+    monkeypatch.setattr(weights.imf, "count_equal", fail)
+    method.loss(params, x, y, draws, 6 if name == "dit" else 4)
+
+
+def test_latents_are_scaled_as_each_network_takes_them():
+    dit = weights.dit_method("T/2", channels=4, classes=10)
+    assert dit.latents == (0.0, 0.18215)
+    improved = weights.imf_method("iT/2", channels=4, classes=10, kind="latents")
+    shift, scale = improved.latents
+    assert shift.flatten()[0] == pytest.approx(0.86488) and scale.shape == (4, 1, 1)
+    assert scale.flatten()[0] == pytest.approx(1 / 4.85503674)
