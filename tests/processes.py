@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import runpy
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -88,6 +89,13 @@ def wait_until(condition, *processes, timeout=240):
             assert process.poll() is None, f"it ended too early: {process.communicate()}"
         assert time.monotonic() < end, "it did not happen in time"
         time.sleep(0.001)
+
+
+def free_port():
+    """Return a port that nobody listens to."""
+    with socket.socket() as server:
+        server.bind(("localhost", 0))
+        return server.getsockname()[1]
 
 
 # --- commands ---

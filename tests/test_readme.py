@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from processes import ENVIRONMENT, started, wait_until
+from processes import ENVIRONMENT, free_port, started, wait_until
 
 import data
 import weights
@@ -76,7 +76,9 @@ def test_the_job_script_saves_and_is_queued_again(tmp_path):
     }
 
     def job(steps):
-        text = script.replace("train.py --size XL", f"{words} {steps}").replace(":29500", ":29417")
+        text = script.replace("train.py --size XL", f"{words} {steps}").replace(
+            ":29500", f":{free_port()}"
+        )
         assert text.count(str(ROOT)) == 1
         options = dict(cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True)
         started.append(subprocess.Popen(["bash", "-c", text], **options))

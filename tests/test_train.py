@@ -28,6 +28,7 @@ from processes import (
     fails,
     finish,
     fork,
+    free_port,
     kill,
     nothing,
     run,
@@ -250,8 +251,9 @@ def test_processes_and_parts_train_the_same_run(undisturbed, shared, world, part
         assert_close(entry, alone, rel=1e-4)
 
 
-def agents(port, _, *words):
+def agents(_, *words):
     """Start two torchrun agents, each as on a node of its own, with one process."""
+    port = free_port()
     rendezvous = ["--rdzv-backend", "c10d", "--rdzv-id", "run", "--rdzv-endpoint"]
     nodes = ["-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1", *rendezvous]
     nodes += [f"localhost:{port}", "--rdzv-conf"]
@@ -263,13 +265,13 @@ def agents(port, _, *words):
 def test_two_nodes_train_the_same_run_and_go_on_when_one_was_killed(undisturbed, tmp_path):
     """Without its peer the other node ends as well; the same commands continue from the save."""
     folder = tmp_path / "run"
-    first, second = agents(29561, *command(folder))
+    first, second = agents(*command(folder))
     wait_until(lambda: weights.newest(folder), first, second)
     kill(second)
     second.communicate()
     assert first.communicate(timeout=120) and first.returncode != 0
     assert 0 < weights.newest(folder) < 60
-    finish(*agents(29562, *command(folder)))
+    finish(*agents(*command(folder)))
     for entry, alone in zip(losses(folder)[:2], losses(undisturbed[0])[:2], strict=True):
         assert_close(entry, alone, rel=1e-4)
     assert [entry["step"] for entry in losses(folder)] == list(range(10, 61, 10))
