@@ -331,7 +331,7 @@ def convert(root, folder, files, about, vae, world):
     lock = runtime.lock_folder(folder) if world.rank == 0 else None
     runtime.say(f"{len(files):,} files of {len(about['classes']):,} classes")
     if len(about["classes"]) == 1:
-        runtime.say("one class: labels, and so guidance, will make no difference")
+        runtime.say("there is one class: training will be unguided")
     runtime.barrier()
     shards = [folder / f"shard-{k:05}.safetensors" for k in range(-(-len(files) // SHARD))]
     index = folder / "index.json"

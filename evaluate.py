@@ -1,15 +1,16 @@
 """Scores of checkpoints, or of images: their Fréchet distance from a reference.
 
     python evaluate.py runs/XL-2 --vae FILE --ref REF.npz --inception FILE            a run's last
-    torchrun --nproc-per-node 8 evaluate.py runs/XL-2 --every --vae FILE --ref REF.npz --out FILE
+    torchrun --nproc-per-node 8 evaluate.py runs/B-4 --every --ref REF --inception FILE --out FILE
     python evaluate.py runs/digits --ref digits --count 1000                          raw pixels
     python evaluate.py IMAGES --ref REF.npz --inception FILE             images, whoever made them
     python evaluate.py IMAGES --save-stats REF.npz --inception FILE                make a reference
     python evaluate.py runs/a runs/b --plot curves.png                 a picture of the logs of runs
 
 Prints a line of JSON for each checkpoint, or for IMAGES, with all that the scores depend on. --out
-appends the lines to a file; what is there already is not computed again, so that the same command
-continues one that was stopped. Checkpoints are drawn from as sample.py does.
+appends the lines to a file; the score of a checkpoint that is there is not computed again, so that
+the same command continues one that was stopped. All checkpoints make images of one size; they are
+drawn from as sample.py does.
 
 IMAGES and REF are a folder of images, an .npz with uint8 images (N, H, W, 3) under arr_0, like
 ADM's, pixels that data.py wrote, or digits. REF may hold a mean and a covariance instead, as mu and
@@ -254,6 +255,8 @@ def load_scorer(ref, inception, shape, world):
     if not digest or (known := load_statistics(ref)) is None:
         state, _ = measure(ref, features, world, keep_logits=False, shape=shape)
         known, digest = fid.statistics(state), f", {state[0]} images" + digest
+        mean, variance = known[0].mean(), known[1].trace()  # tell other images of the same number
+        digest += f", mean {mean:.5g}, variance {variance:.5g}"
     image = torch.zeros(1, *shape, dtype=torch.uint8, device=world.device)
     found, wanted = features(image)[0].shape[1], len(known[0])
     if found != wanted:
@@ -283,7 +286,7 @@ class Samples(NamedTuple):
     uniform: bool = False  # classes are drawn; else they take turns
     steps: int = 1
     seed: int = 0
-    vae: str | None = None  # the sha256 of the file that decodes them
+    vae: str | None = None  # the file that decodes them
     scale: float | None = None  # of latents, if not the checkpoint's own
     convention: str | None = None  # of a network that predicts a velocity
 
@@ -302,16 +305,16 @@ def describe(path, sampler, scorer, samples, device):
         "precision": {"network": "float32", "decoder": sampler.vae and decoder},
         "classes": how,
         "weights": f"{path} sha256 {runtime.sha256(path)}",
-        "vae": samples.vae,
+        "vae": samples.vae and runtime.sha256(samples.vae),
         "scale": samples.scale,
         "convention": samples.convention,
     }
 
 
 def score(path, sampler, known, *, scorer, samples, world):
-    """Return the line of scores of the checkpoint `path`, of which each process draws its share.
+    """Return the line of scores of the checkpoint `path`. Each process draws its share of samples.
 
-    known: lines that there are; if one of them is the answer, nothing is drawn.
+    known: lines that there are. If one has the same facts, return it and draw nothing.
     """
     about = describe(path, sampler, scorer, samples, world.device)
 
@@ -322,18 +325,21 @@ def score(path, sampler, known, *, scorer, samples, world):
     for line in known:
         if facts(line) == facts(about):
             return line
-    count, classes, uniform, steps, seed, *_ = samples
-    labels = choose_labels(count, classes, len(sampler.classes), uniform=uniform, seed=seed)
-    drawn = draw_images(sampler, labels, world, steps=steps, seed=seed)
+    chosen = dict(uniform=samples.uniform, seed=samples.seed)
+    labels = choose_labels(samples.count, samples.classes, len(sampler.classes), **chosen)
+    drawn = draw_images(sampler, labels, world, steps=samples.steps, seed=samples.seed)
     batches = (images for _, images in drawn)
     return scores(*collect(batches, scorer.features), scorer) | about
 
 
-def score_checkpoints(paths, open_checkpoint, ref, inception, samples, known, world):
-    """Yield the line of scores of each checkpoint; open_checkpoint(path) -> Sampler."""
+def score_checkpoints(paths, omega, interval, ref, inception, samples, known, world):
+    """Yield the line of scores of each checkpoint. omega, interval: as of choose_guidance."""
     scorer = None
+    options = dict(steps=samples.steps, convention=samples.convention)
+    options |= dict(vae=samples.vae, scale=samples.scale)
     for path in paths:
-        sampler = open_checkpoint(path)
+        sampler = open_sampler(path, world.device, **options)
+        sampler = choose_guidance(path, sampler, omega, interval)
         shape = image_shape(sampler.kind, sampler.shape)
         scorer = scorer or load_scorer(ref, inception, shape, world)
         if shape != scorer.shape:
@@ -345,6 +351,8 @@ def score_checkpoints(paths, open_checkpoint, ref, inception, samples, known, wo
 def list_checkpoints(paths, every):
     """Return the files of weights named: of a run's folder the last save, or every one."""
     found = []
+    if not any(map(os.path.isdir, paths)):
+        runtime.refuse("without a run's folder", every=every)
     for path in paths:
         saves = checkpoints(path, "ema").values() if every else []
         found += saves or [find_checkpoint(path)]
@@ -398,7 +406,7 @@ def plot(folders, path):
         axes.set(title=name, xlabel="step", yscale="log")
         axes.legend(fontsize="small")
     with runtime.atomic_write(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=100)
+        figure.savefig(temporary, format=Path(path).suffix[1:] or "png", dpi=100)
 
 
 def draw_line(axes, lines, name, label, k=None, **style):
@@ -445,7 +453,7 @@ def parse_arguments(argv):
     else:
         runtime.refuse(f"as {first} is a checkpoint", save_stats=args.save_stats)
     if not args.ref and not args.save_stats:
-        raise ValueError("nothing to do: give --ref, or of images --save-stats, or both")
+        raise ValueError("nothing to do: give --ref or, for images, --save-stats, or both")
     if not args.ref:
         runtime.refuse("without --ref", out=args.out)
     for name, path in (("save-stats", args.save_stats), ("out", args.out)):
@@ -483,22 +491,22 @@ def main(argv, world):
         return plot(args.what, args.plot) if world.rank == 0 else None
     known = runtime.read_lines(args.out) if args.out and world.rank == 0 else []
     known = runtime.all_gather(known)[0]
-    compared = args.ref, args.inception
-
-    def open_checkpoint(path):
-        options = dict(convention=args.convention, steps=samples.steps, scale=args.scale)
-        sampler = open_sampler(path, world.device, vae=args.vae, **options)
-        return choose_guidance(path, sampler, args.omega, args.interval)
-
+    ref, inception = args.ref, args.inception
     if is_images(args.what[0]):
-        lines = score_images(args.what[0], *compared, args.count, args.save_stats, world)
+        lines = score_images(args.what[0], ref, inception, args.count, args.save_stats, world)
     else:
-        steps, seed, count = args.steps or 1, args.seed or 0, args.count or 50_000
-        vae = args.vae and runtime.sha256(args.vae)
-        chosen = args.classes, args.uniform, steps, seed, vae, args.scale, args.convention
-        samples = Samples(count, *chosen)
-        paths = list_checkpoints(args.what, args.every)
-        lines = score_checkpoints(paths, open_checkpoint, *compared, samples, known, world)
+        samples = Samples(
+            count=args.count or 50_000,
+            classes=args.classes,
+            uniform=args.uniform,
+            steps=args.steps or 1,
+            seed=args.seed or 0,
+            vae=args.vae,
+            scale=args.scale,
+            convention=args.convention,
+        )
+        paths, chosen = list_checkpoints(args.what, args.every), (args.omega, args.interval)
+        lines = score_checkpoints(paths, *chosen, ref, inception, samples, known, world)
     for line in lines:
         runtime.say(json.dumps(line))
         if args.out and world.rank == 0 and line not in known:

@@ -109,7 +109,7 @@ def check_tensors(path, tensors, shapes, hint):
 
 
 def read_lines(path):
-    """Return the JSON objects of a file that has one a line; a line cut short by a kill is none."""
+    """Return the JSON objects of a file with one a line. Skip lines that a kill cut short."""
     if not path.exists():
         return []
     lines = []
@@ -284,7 +284,7 @@ def parser(description):
 
 
 def number(kind, least):
-    """Return an argparse type: a finite number of this kind, `least` or more, or above 0 if 0."""
+    """Return an argparse type: a finite number, at least `least`, or above 0 if that is 0."""
 
     def parse(text):
         value = kind(text)
@@ -298,7 +298,7 @@ def number(kind, least):
 
 
 def numbers(kind, example, count=None):
-    """Return an argparse type: numbers of this kind, so many if given, separated by commas."""
+    """Return an argparse type: numbers, `count` of them if given, separated by commas."""
 
     def parse(text):
         try:

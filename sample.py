@@ -6,7 +6,7 @@
     python sample.py runs/digits --images samples.npz --count 1000
     torchrun --nproc-per-node 8 sample.py runs/XL-2 --vae FILE --images samples.npz
 
-Draws one picture, or with --images --count single ones, into a folder or an .npz like ADM's. A
+Draws one picture, or with --images separate images, into a folder or an .npz like ADM's. A
 checkpoint is a run's folder, or a file of weights: of an iMF, or with DiT's names, also of others
 (weights.py says which). evaluate.py scores checkpoints and images.
 """
@@ -75,7 +75,7 @@ def draw_images(sampler, labels, world, *, steps=1, seed=0):
     """
     mine = range(world.rank, len(labels), world.size)
     chunks = [mine[k : k + 100] for k in range(0, len(mine), 100)]
-    for indices in tqdm(chunks, unit=" hundreds", leave=False, disable=world.rank > 0):
+    for indices in tqdm(chunks, unit=" x 100", leave=False, disable=world.rank > 0):
         x = generate(sampler, labels[list(indices)], steps=steps, seed=seed, indices=indices)
         if not x.isfinite().all():
             raise ValueError("samples have values that are not finite: give an earlier save")

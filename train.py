@@ -45,8 +45,7 @@ import runtime
 import sample
 import weights
 from runtime import all_gather, refuse, say
-from weights import Method as Method  # what `fit` trains
-from weights import Sampler, checkpoint, checkpoints, dit_method, image_shape, imf_method
+from weights import Method, Sampler, checkpoint, checkpoints, dit_method, image_shape, imf_method
 
 LOG_EVERY = 50  # steps
 ASK_EVERY = 10  # steps between questions to the other processes, for which the host waits
@@ -78,13 +77,12 @@ class Recipe(NamedTuple):
     warmup: int = 0  # epochs
 
 
-always = (0.0, 1.0)
 RECIPES = {  # Table 4 and the authors' code, for each of model.SIZES
     "T/2": Recipe((1.0, 0.3, (0.0, 0.5)), 3e-3, 64, 107, 1797, 0.998),  # ours, for the digits
-    "S/2": Recipe((1.0, 0.5, always), 1e-4, 256, 240, 1281167, 0.9999),  # not the paper's: as B/2
-    "B/4": Recipe((1.0, 0.5, always), 1e-4, 256, 240, 1281167, 0.9999),  # paper: 80 epochs
-    "B/2": Recipe((1.0, 0.5, always), 1e-4, 256, 240, 1281167, 0.9999),
-    "M/2": Recipe((1.0, 0.5, always), 1e-4, 256, 240, 1281167, 0.9999),  # guidance assumed
+    "S/2": Recipe((1.0, 0.5, (0.0, 1.0)), 1e-4, 256, 240, 1281167, 0.9999),  # ours: as B/2
+    "B/4": Recipe((1.0, 0.5, (0.0, 1.0)), 1e-4, 256, 240, 1281167, 0.9999),  # paper: 80 epochs
+    "B/2": Recipe((1.0, 0.5, (0.0, 1.0)), 1e-4, 256, 240, 1281167, 0.9999),
+    "M/2": Recipe((1.0, 0.5, (0.0, 1.0)), 1e-4, 256, 240, 1281167, 0.9999),  # guidance assumed
     "L/2": Recipe((0.2, 0.92, (0.0, 0.8)), 1e-4, 256, 240, 1281167, 0.9999),
     "XL/2": Recipe((0.2, 0.92, (0.0, 0.75)), 1e-4, 256, 240, 1281167, 0.9999),
     # improved MeanFlow; the authors' code, for each of imf.SIZES
@@ -195,8 +193,9 @@ def read_log(folder, step, run):
     try:
         before = dict(json.loads(first))
         # A line cut short by a kill is later than any save.
-        rest = [line for line in rest if line.endswith("}") and json.loads(line)["step"] <= step]
-    except (ValueError, TypeError, KeyError):
+        rest = [line for line in rest if line.endswith("}")]
+        rest = [line for line in rest if json.loads(line).get("step", 0) <= step]
+    except (ValueError, TypeError, AttributeError):
         raise ValueError(f"{path} is not the log of a run: choose another --out") from None
     for key in run:
         free = key in ("steps", "warmup", "precision", "commit", "torch")
@@ -235,7 +234,7 @@ class Run(NamedTuple):
     plan: Plan
     state: State
     sampler: Sampler  # of the averaged weights
-    errors: tuple  # names of the raw errors after the first
+    method: Method
     metadata: dict  # what checkpoints say of themselves
     log: TextIO | None  # of the first process alone
     world: runtime.World
@@ -262,7 +261,8 @@ def log_means(run, history, grad_norm, rate):
         return values.mean().item() if len(values) else None
 
     watched = {"raw_equal": (raw, t == r), "raw_differ": (raw, t > r)}
-    watched |= {f"raw_{name}": (error, t >= r) for name, error in zip(run.errors, more)}
+    more = zip(run.method.errors, more, strict=True)
+    watched |= {f"raw_{name}": (error, t <= 1) for name, error in more}
     quarter = (4 * t).long().clamp(max=3)
     means = {name: mean(error[rows]) for name, (error, rows) in watched.items()}
     line = {
@@ -281,11 +281,10 @@ def log_means(run, history, grad_norm, rate):
     return {name: f"{line[name]:.4g}" for name in shown if line[name] is not None}
 
 
-def log_scores(run, score):
-    """Write a line of scores for each lasting save, and the run's last, that has none yet.
+def log_scores(run, score, since=0):
+    """Write the scores of each lasting save from step `since` on, and the run's last, if missing.
 
-    score(path, sampler, known) -> the line of a checkpoint, or the one of `known` that is it. If it
-    is None, do nothing.
+    score(path, sampler, known) -> the line of a checkpoint, or the one of `known` that is it.
     """
     if score is None:
         return
@@ -293,7 +292,7 @@ def log_scores(run, score):
     saves = checkpoints(run.folder, "ema") if run.log else {}
     known, saves = all_gather((known, saves))[0]
     for step, path in saves.items():
-        if step % weights.LASTING == 0 or step == run.plan.steps:
+        if step >= since and (step % weights.LASTING == 0 or step == run.plan.steps):
             params = runtime.read_tensors(path, "redo it")[0]
             params = {name: p.to(run.world.device) for name, p in params.items()}
             line = score(path, run.sampler._replace(params=params), known)
@@ -348,7 +347,7 @@ def open_run(method, dataset, plan, folder, start, world, *, vae, about):
     runtime.barrier()
     log = open_log(folder, start, lines) if world.rank == 0 else None
     sampler = Sampler(state.ema, method.net, *drawn)
-    return Run(folder, dataset, plan, state, sampler, method.errors, about, log, world)
+    return Run(folder, dataset, plan, state, sampler, method, about, log, world)
 
 
 # --- training ---
@@ -429,7 +428,7 @@ def loop(run, objective, batches, start, every, stopping, score):
             if stopped:
                 return step, True
             if saving:
-                log_scores(run, score)
+                log_scores(run, score, since=step)
             clock = time.monotonic()
     return plan.steps, False
 
@@ -440,11 +439,10 @@ def fit(
     """Train a Method on a data.Dataset by a Plan, and return a Sampler of the averaged weights, or
     None if a signal stopped it. The same call continues it from the last save in `folder`.
 
-    world: from runtime.launch, in each process. about: what the log's first line says besides, and
-    a run is known by. parts: in which a process computes its rows, if memory is short. every: steps
-    between saves. vae: its parameters, to draw grids of latents. score(path, sampler, known): as
-    evaluate.score, to score lasting saves and the last. Raises ValueError or OSError, with one
-    line, if the folder holds something else.
+    world: from runtime.launch, in each process's main thread. about: what the log's first line says
+    besides, by which a run is known. parts: in which a process computes its rows, if memory is
+    short. every: steps between saves. vae: draws grids of latents. score(path, sampler, known): as
+    evaluate.score, for lasting saves and the last. Raises ValueError or OSError, with one line.
     """
     folder, about = Path(folder), about or {"method": method.name}
     dataset = dataset._replace(mirror=dataset.mirror and method.mirror)
@@ -458,6 +456,7 @@ def fit(
             step, stopped = loop(run, objective, batches, start, every, stopping, score)
     finally:
         if run.log:
+            run.log.close()
             run.log.lock.release()
     if stopped:
         say(f"stopped by a signal after step {step}, which is saved: the same command continues")
@@ -544,10 +543,10 @@ def load_dataset(name, size, vae, fid, world):
 
 
 def choose_guidance(recipe, name, classes, given):
-    """Return the recipe's guidance; of a single class none, where none must be `given`."""
+    """Return the recipe's guidance; of a single class none, where no other must be `given`."""
     if recipe.guidance is None or classes > 1:
         return recipe.guidance
-    refuse(f"as {name} has one class", guidance=given)
+    refuse(f"as {name} has one class", guidance=given and given[:2] != [1, 0])
     return 1.0, 0.0, (0.0, 1.0)
 
 
@@ -586,7 +585,7 @@ def main(argv, world):
     vae = None if args.vae is None else weights.load_vae(args.vae, world.device)
     images, score = image_shape(kind, shape), None
     if args.fid:
-        samples = evaluate.Samples(args.count or 50_000, vae=vae and runtime.sha256(args.vae))
+        samples = evaluate.Samples(args.count or 50_000, vae=args.vae)
         scorer = evaluate.load_scorer(args.fid, args.inception, images, world)
         score = partial(evaluate.score, scorer=scorer, samples=samples, world=world)
     options = dict(about=about, parts=args.accumulate, every=args.save, vae=vae, score=score)

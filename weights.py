@@ -1,4 +1,4 @@
-"""Networks as values: a file of weights becomes a Sampler, a network and its loss a Method.
+"""Files of weights as Samplers, networks and their losses as Methods, and the saves of a run.
 
     sampler = load("runs/digits")
     net = sampler.net(sampler.params, *sampler.guidance)          net(z, t, r, y) -> u
@@ -148,7 +148,7 @@ def is_imf(tensors):
 
 
 def is_velocity(params):
-    """Return whether nothing tells a DiT the duration t - r."""
+    """Return whether a DiT has no embedding of t - r, and so predicts a velocity."""
     return not any(name.startswith("h_embedder") or "shared_blocks." in name for name in params)
 
 
@@ -246,7 +246,7 @@ def class_names(path, metadata, count):
     except (ValueError, TypeError):
         names = []
     if len(names) != count:
-        raise ValueError(f"{path}: metadata names {len(names)} classes of {count}: redo it")
+        raise ValueError(f"{path}: metadata names {len(names)} classes of {count}: mend the file")
     return names
 
 
@@ -272,27 +272,28 @@ def load(path, device="cpu", *, convention=None, steps=1):
     kind, side = image_size(path, architecture, tensors, metadata)
     classes = class_names(path, metadata, architecture.classes)
     classes = classes or [str(label) for label in range(architecture.classes)]
-    found = Sampler({}, dit_net, classes, kind, (architecture.channels, side, side))
+    facts = classes, kind, (architecture.channels, side, side)
     if improved:
         params = {name: p for name, p in params.items() if not name.startswith("v_")}
         try:
             guidance, latents = imf.read_metadata(metadata, architecture, steps)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
-        shift, scale = (a.to(device) for a in latents)
-        found = found._replace(net=imf.guided, guidance=guidance, shift=shift, scale=scale)
-    elif is_velocity(params):
+        sampler = Sampler(params, imf.guided, *facts, guidance, *(a.to(device) for a in latents))
+    else:
+        sampler = Sampler(params, dit_net, *facts)
+    if is_velocity(params):
         if steps < 10:
             say(f"{path} predicts a velocity: give --steps 50 or more", file=sys.stderr)
         zeros = {name: torch.zeros(shape) for name, shape in shapes(architecture).items()}
         params = zeros | params
-    return found._replace(params={name: p.to(device) for name, p in params.items()})
+    return sampler._replace(params={name: p.to(device) for name, p in params.items()})
 
 
 def choose_guidance(path, sampler, omega=None, interval=None):
     """Return the Sampler of `path` with this omega and (low, high), or else its own.
 
-    Raises ValueError if there is nothing to choose, or for numbers out of range.
+    Raises ValueError if the guidance is fixed by training, or for numbers out of range.
     """
     if not sampler.guidance:
         refuse(f"as {path} was trained with its guidance", omega=omega, interval=interval)
@@ -363,11 +364,11 @@ class Method(NamedTuple):
     """All that training knows of a network and its loss."""
 
     name: str  # for the checkpoint's metadata
-    init: Callable  # init(generator=) -> {name: float32 tensor} on the generator's device
+    init: Callable  # init(generator=) -> {name: float32 tensor}; the loss depends on all of them
     draw: Callable  # draw(shape, generator=) -> a NamedTuple of tensors (B, ...) with t and r
     loss: Callable  # loss(params, x, y, draws, equal) -> loss (B,), raw errors (B,) or (B, k)
     net: Callable  # net(params, *guidance) -> net(z, t, r, y), as meanflow.sample takes it
-    guidance: tuple = ()  # with which grids are drawn
+    guidance: tuple = ()  # the arguments of `net` for grids
     mirror: bool = True  # whether mirror images are trained on, where the data set has them
     latents: tuple = (0.0, SCALE)  # shift and scale of latents
     errors: tuple = ()  # names of the raw errors after the first
@@ -423,7 +424,7 @@ def imf_method(size, *, channels, classes, kind, compiled=False):
 
 
 def save_checkpoint(folder, step, tensors, metadata):
-    """Write a save, and remove older ones, but those that are kept.
+    """Write a save. Remove older ones, except the last KEEP and each LASTING-th step's averages.
 
     tensors: {"state": {name: tensor}, "ema": the averaged weights}. The latter come last, so that
     their presence says that both are whole.

@@ -6,10 +6,10 @@
     torchrun --nproc-per-node 2 examples/own_network.py                     shared by processes
     python examples/own_network.py --draw samples.png                       from the last save
 
-To train a network of your own, copy this file and change `build` and `unet`. What remains is the
-loop's: the run is resumed by the same command, shared by any number of processes, watched and drawn
-as those of train.py, and --ref scores it. A condition that is no class works the same way: `y` is
-whatever the Dataset gives as labels.
+To train a network of your own, copy this file beside it and change `build` and `unet`. The rest is
+the loop's: the run is resumed by the same command, shared by any number of processes, watched and
+drawn as those of train.py, and --ref scores it. A condition that is no class works the same way:
+`y` is whatever the Dataset gives as labels.
 """
 
 # ruff: noqa: E402
@@ -34,8 +34,8 @@ import weights
 
 
 def build(channels, classes):
-    """Return the network, freshly initialised."""
-    return UNet2DModel(
+    """Return the network, freshly initialised, as it is when drawn from: without dropout."""
+    module = UNet2DModel(
         in_channels=channels + 1,
         out_channels=channels,
         block_out_channels=(64, 128),
@@ -45,12 +45,13 @@ def build(channels, classes):
         attention_head_dim=32,
         num_class_embeds=classes + 1,  # the last one: no class
     )
+    return module.eval()
 
 
 def unet(module, params):
     """Return net(z, t, r, y) -> u: `module` with these parameters, {name: tensor}.
 
-    The network has room for one time. It is told the other, t - r, by one more channel.
+    It takes one time, t; the duration t - r comes as one more channel of the image.
     """
 
     def net(z, t, r, y):
@@ -63,8 +64,9 @@ def unet(module, params):
 
 def unet_method(channels, classes, **guidance):
     """Return the Method. guidance: omega, kappa and interval, as of meanflow.fast_loss."""
-    with torch.device("meta"):  # the layers; what they compute with comes as an argument
+    with torch.device("meta"):  # layers without weights, which come as an argument
         module = build(channels, classes)
+    assert not [*module.buffers()], "buffers would stay without values: make them parameters"
 
     def init(generator):
         with torch.random.fork_rng():  # modules draw their weights from the global generator
@@ -81,11 +83,14 @@ def unet_method(channels, classes, **guidance):
 
 def load(folder, device="cpu"):
     """Return the weights.Sampler of the last save in a run's folder."""
-    params, about = runtime.read_tensors(weights.find_checkpoint(folder), "give a run's folder")
-    params = {name: p.to(device) for name, p in params.items()}
+    path, hint = weights.find_checkpoint(folder), "give a folder that this script wrote"
+    params, about = runtime.read_tensors(path, hint)
     kind, classes = about["kind"], json.loads(about["classes"])
+    if "conv_out.weight" not in params:
+        raise ValueError(f"{path} holds another network: {hint}")
     channels = params["conv_out.weight"].shape[0]
     side = int(about["resolution"]) // (8 if kind == "latents" else 1)
+    params = {name: p.to(device) for name, p in params.items()}
     net = unet_method(channels, len(classes)).net
     return weights.Sampler(params, net, classes, kind, (channels, side, side))
 
@@ -102,19 +107,25 @@ def main(argv, world):
     add("--draw", type=Path, help="draw this picture from the last save instead of training")
     args = arguments.parse_args(argv)
     if args.draw:
+        runtime.refuse("with --draw", ref=args.ref)
         sampler = load(args.out, world.device)
         x = sample.generate(sampler, torch.arange(100) % len(sampler.classes))
-        return sample.save_grid(sample.to_uint8(x, sampler), args.draw)
+        images = sample.to_uint8(x, sampler)
+        return sample.save_grid(images, args.draw) if world.rank == 0 else None
 
     dataset = data.load_data(args.data, world.rank, world.size)
-    method = unet_method(dataset.shape[0], len(dataset.classes), kappa=0.3, interval=(0.0, 0.5))
+    if args.ref and dataset.kind == "latents":
+        raise ValueError("--ref compares pixels: leave it out for latents")
+    guidance = dict(kappa=0.3, interval=(0.0, 0.5))
+    method = unet_method(dataset.shape[0], len(dataset.classes), **guidance)
     plan = train.Plan(args.lr, args.batch, args.steps, ema=0.998)
     score = None
     if args.ref:
         scorer = evaluate.load_scorer(args.ref, None, dataset.shape, world)
         samples = evaluate.Samples(1000)
         score = partial(evaluate.score, scorer=scorer, samples=samples, world=world)
-    sampler = train.fit(method, dataset, plan, args.out, world, score=score)
+    about = {"method": method.name, **guidance}  # what tells this run from others
+    sampler = train.fit(method, dataset, plan, args.out, world, about=about, score=score)
     if sampler and args.data == "digits" and world.rank == 0:
         evaluate.report(sampler, dataset)
 

@@ -364,7 +364,7 @@ def test_a_flat_folder_is_one_class(pictures, tmp_path):
     folder = tmp_path / "photos"
     shutil.copytree(pictures / "class0", folder, ignore=shutil.ignore_patterns("more"))
     printed = convert(folder, tmp_path / "data")
-    assert "one class: labels, and so guidance, will make no difference" in printed
+    assert "there is one class: training will be unguided" in printed
     dataset = data.load_data(tmp_path / "data")
     assert dataset.classes == ["photos"] and dataset.labels.tolist() == [0] * 6 and dataset.mirror
 

@@ -416,7 +416,8 @@ def test_three_steps_are_adam_on_the_loss_and_the_average(tmp_path, parts):
 def logged(history, *errors):
     """Return the line that log_means writes of these rows, without its time, and what it shows."""
     log, state = io.StringIO(), dict.fromkeys(("dataset", "plan", "state", "sampler"))
-    run = train.Run(None, **state, errors=errors, metadata={}, log=log, world=World())
+    method = train.Method("", *4 * [None], errors=errors)
+    run = train.Run(None, **state, method=method, metadata={}, log=log, world=World())
     shown = train.log_means(run, history, 0.125, 77.77)
     line = json.loads(log.getvalue())
     assert line.pop("time") > 1.7e9
@@ -689,7 +690,7 @@ def test_one_class_needs_no_guidance(monkeypatch, tmp_path, capsys):
         seen == [(1, 1, 0)]
         and "steps of 4 are 1 epochs; guidance scale 1\n" in capsys.readouterr().out
     )
-    for kappa in ("0", "0.5"):
+    for kappa in ("0.5", "0.1"):
         message = fails(monkeypatch, "train.py", *words, "--guidance", "1", kappa)
         assert "--guidance would be ignored as " in message and "data has one class" in message
 
@@ -1116,3 +1117,40 @@ def test_without_the_last_save_the_one_before_is_continued(undisturbed, tmp_path
     finish(fork(*command(folder)))
     assert_same_bits(final(folder), final(undisturbed[0]))
     assert losses(folder) == losses(undisturbed[0])
+
+
+def test_only_new_saves_are_read_to_be_scored(monkeypatch, tmp_path):
+    """Those before are 2.7 GB each at XL; a run that goes on looks at all of them once."""
+    seen, score = [], evaluate.score
+
+    def spy(path, *inputs, **options):
+        seen.append(int(path.stem[-2:]))
+        return score(path, *inputs, **options)
+
+    monkeypatch.setattr(weights, "LASTING", 2)
+    monkeypatch.setattr(evaluate, "score", spy)
+    monkeypatch.setattr(evaluate, "report", lambda *_: None)
+    words = ["--batch", "4", "--save", "2", "--fid", "digits", "--count", "2", "--out"]
+    train.main([*words, str(tmp_path / "run"), "--steps", "6"], World())
+    assert seen == [2, 4, 6]
+    train.main([*words, str(tmp_path / "run"), "--steps", "8"], World())
+    assert seen == [2, 4, 6, 2, 4, 6, 8]
+    assert [line["step"] for line in losses(tmp_path / "run") if "fid" in line] == [2, 4, 6, 8]
+
+
+def test_scores_in_a_runs_log_do_not_stop_it(monkeypatch, tmp_path):
+    """evaluate.py --out RUN/log.jsonl writes lines without a step."""
+    monkeypatch.setattr(evaluate, "report", lambda *_: None)
+    words = ["--batch", "4", "--out", str(tmp_path), "--steps"]
+    train.main([*words, "1"], World())
+    with (tmp_path / "log.jsonl").open("a") as log:
+        log.write('{"fid": 3.0}\n')
+    train.main([*words, "2"], World())
+    assert [line.get("step") for line in losses(tmp_path)] == [1, None, 2]
+
+
+def test_one_class_may_be_told_that_it_is_unguided():
+    recipe = train.RECIPES["T/2"]
+    assert train.choose_guidance(recipe, "x", 1, [1.0, 0.0]) == (1.0, 0.0, (0.0, 1.0))
+    with pytest.raises(ValueError, match="--guidance would be ignored as x has one class"):
+        train.choose_guidance(recipe, "x", 1, [1.0, 0.5])
