@@ -403,7 +403,7 @@ def is_due(step, last, every, share, world):
     return any(all_gather(world.rank == 0 and bool(every or share <= SAVE_SHARE)))
 
 
-def loop(run, objective, batches, start, every, stopping, score):
+def loop(run, objective, batches, start, every, stopping, after_save):
     """Train from step `start` on. Return the last step, and whether `stopping` was set before."""
     state, plan, world, history, in_saves = run.state, run.plan, run.world, [], 0.0
     interval = 0.1 if sys.stderr.isatty() else 60  # seconds between lines in a scheduler's file
@@ -428,7 +428,7 @@ def loop(run, objective, batches, start, every, stopping, score):
             if stopped:
                 return step, True
             if saving:
-                log_scores(run, score, since=step)
+                after_save(since=step)
             clock = time.monotonic()
     return plan.steps, False
 
@@ -448,12 +448,13 @@ def fit(
     dataset = dataset._replace(mirror=dataset.mirror and method.mirror)
     start = find_start(folder, plan, parts * world.size)
     run = open_run(method, dataset, plan, folder, start, world, vae=vae, about=about)
+    after_save = partial(log_scores, run, score)
     try:
-        log_scores(run, score)
+        after_save()
         objective = parallel(Objective(method.loss, run.state.params, plan.precision), world)
         batches = stream(method, dataset, plan, start, world, parts)
         with runtime.noted_signals() as stopping:
-            step, stopped = loop(run, objective, batches, start, every, stopping, score)
+            step, stopped = loop(run, objective, batches, start, every, stopping, after_save)
     finally:
         if run.log:
             run.log.close()
