@@ -1,7 +1,7 @@
 """Scores of checkpoints, or of images: their Fréchet distance from a reference.
 
     python evaluate.py runs/XL-2 --vae FILE --ref REF.npz --inception FILE            a run's last
-    torchrun --nproc-per-node 8 evaluate.py runs/B-4 --every --ref REF --inception FILE --out FILE
+    python evaluate.py runs/XL-2 --every --vae FILE --ref REF.npz --inception FILE --out RESULTS
     python evaluate.py runs/digits --ref digits --count 1000                          raw pixels
     python evaluate.py IMAGES --ref REF.npz --inception FILE             images, whoever made them
     python evaluate.py IMAGES --save-stats REF.npz --inception FILE                make a reference
@@ -10,7 +10,7 @@
 Prints a line of JSON for each checkpoint, or for IMAGES, with all that the scores depend on. --out
 appends the lines to a file; the score of a checkpoint that is there is not computed again, so that
 the same command continues one that was stopped. All checkpoints make images of one size; they are
-drawn from as sample.py does.
+drawn from as sample.py does. Under torchrun, the processes share the images.
 
 IMAGES and REF are a folder of images, an .npz with uint8 images (N, H, W, 3) under arr_0, like
 ADM's, pixels that data.py wrote, or digits. REF may hold a mean and a covariance instead, as mu and

@@ -1154,3 +1154,22 @@ def test_one_class_may_be_told_that_it_is_unguided():
     assert train.choose_guidance(recipe, "x", 1, [1.0, 0.0]) == (1.0, 0.0, (0.0, 1.0))
     with pytest.raises(ValueError, match="--guidance would be ignored as x has one class"):
         train.choose_guidance(recipe, "x", 1, [1.0, 0.5])
+
+
+@pytest.mark.parametrize("terminal, seconds", [(True, 0.1), (False, 60)])
+def test_a_schedulers_file_gets_a_line_a_minute(monkeypatch, tmp_path, terminal, seconds):
+    seen, tqdm = {}, train.tqdm
+    monkeypatch.setattr(train, "tqdm", lambda *a, **k: (seen.update(k), tqdm(*a, **k))[1])
+    monkeypatch.setattr(train.sys.stderr, "isatty", lambda: terminal, raising=False)
+    monkeypatch.setattr(evaluate, "report", lambda *_: None)
+    train.main(["--batch", "4", "--steps", "1", "--out", str(tmp_path)], World())
+    assert seen == {"initial": 0, "total": 1, "disable": False, "mininterval": seconds}
+
+
+def test_a_run_that_went_wrong_names_its_last_good_save(tmp_path):
+    assert weights.last_good(tmp_path).startswith("nothing was saved; choose another --out")
+    for step in (50, 100):
+        weights.checkpoint(tmp_path, "ema", step).write_bytes(b"")
+    path = weights.checkpoint(tmp_path, "ema", 100)
+    wanted = f"the last good checkpoint is {path}: give it to --init; choose another --out"
+    assert weights.last_good(tmp_path).startswith(wanted)
