@@ -13,7 +13,6 @@ checkpoint is a run's folder, or a file of weights: of an iMF, or with DiT's nam
 
 import math
 import zipfile
-from contextlib import contextmanager
 from io import BytesIO
 from pathlib import Path
 
@@ -117,17 +116,9 @@ def save_grid(images, path, *, columns=10, gap=GAP, enlarged=32):
         Image.fromarray(x.permute(1, 2, 0).squeeze(-1).numpy()).save(temporary)
 
 
-@contextmanager
-def image_writer(path, count, shape, world):
-    """Yield a function that writes image i, (C, H, W) uint8, to a folder, or to an .npz like ADM's.
-
-    Every process writes its share of the `count` images of `shape`.
-    """
-    if path.suffix != ".npz":
-        yield lambda i, image: save_grid(image[None], path / f"{i:06}.png", gap=0, enlarged=0)
-        return
-    shape, header = (count, *shape[1:], 3), BytesIO()
-    about = {"descr": "|u1", "fortran_order": False, "shape": shape}
+def write_npz(path, images, shape, world):
+    """Write all processes' images, (i, uint8 (C, H, W)), to an .npz like ADM's, (N, H, W, 3)."""
+    header, about = BytesIO(), {"descr": "|u1", "fortran_order": False, "shape": shape}
     np.lib.format.write_array_header_1_0(header, about)
     start, size = len(header.getvalue()), math.prod(shape[1:])
     part = path.with_name(f"{runtime.TEMPORARY}{path.stem}.npy")  # memory may not hold all
@@ -137,12 +128,9 @@ def image_writer(path, count, shape, world):
             part.write_bytes(header.getvalue())
         runtime.barrier()
         with open(part, "rb+") as file:
-
-            def write(i, image):
+            for i, image in images:
                 file.seek(start + i * size)
                 file.write(image.expand(3, -1, -1).permute(1, 2, 0).cpu().numpy().tobytes())
-
-            yield write
         runtime.barrier()
         if world.rank == 0:
             with runtime.atomic_write(path) as temporary, zipfile.ZipFile(temporary, "w") as file:
@@ -157,10 +145,14 @@ def image_writer(path, count, shape, world):
 def write_images(path, sampler, labels, world, *, steps=1, seed=0):
     """Write an image per label to a folder or an .npz, of which each process draws its share."""
     runtime.barrier()  # before one process writes to `path`, which the others check
-    with image_writer(path, len(labels), image_shape(sampler.kind, sampler.shape), world) as write:
-        for indices, images in draw_images(sampler, labels, world, steps=steps, seed=seed):
-            for i, image in zip(indices, images):
-                write(i, image)
+    drawn = draw_images(sampler, labels, world, steps=steps, seed=seed)
+    images = ((i, image) for indices, part in drawn for i, image in zip(indices, part))
+    if path.suffix == ".npz":
+        _, *sides = image_shape(sampler.kind, sampler.shape)
+        write_npz(path, images, (len(labels), *sides, 3), world)
+        return
+    for i, image in images:
+        save_grid(image[None], path / f"{i:06}.png", gap=0, enlarged=0)
 
 
 # --- the command line ---
