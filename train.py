@@ -547,7 +547,8 @@ def choose_guidance(recipe, name, classes, given):
     """Return the recipe's guidance; of a single class none, where no other must be `given`."""
     if recipe.guidance is None or classes > 1:
         return recipe.guidance
-    refuse(f"as {name} has one class", guidance=given and given[:2] != [1, 0])
+    if given and given[:2] != [1, 0]:
+        raise ValueError(f"--guidance would be ignored as {name} has one class: leave it out")
     return 1.0, 0.0, (0.0, 1.0)
 
 
@@ -583,8 +584,8 @@ def main(argv, world):
     if args.init is not None and not weights.newest(folder):
         taken = partial(weights.start_from, args.init, args.convention, classes, method.init)
         method = method._replace(init=taken)
-    vae = None if args.vae is None else weights.load_vae(args.vae, world.device)
     images, score = image_shape(kind, shape), None
+    vae = None if args.vae is None else weights.load_vae(args.vae, world.device)
     if args.fid:
         samples = evaluate.Samples(args.count or 50_000, vae=args.vae)
         scorer = evaluate.load_scorer(args.fid, args.inception, images, world)
