@@ -280,7 +280,7 @@ def read_metadata(metadata, config, steps):
         latents = normalization(json.loads(metadata.get("latents", "null")) or LATENTS)
     except (ValueError, TypeError, KeyError, RuntimeError):
         want = "a list of [omega, low, high] and {mean, std > 0} of four numbers each"
-        raise ValueError(f"metadata guidance or latents are not {want}: redo it") from None
+        raise ValueError(f"metadata guidance or latents are not {want}: mend the file") from None
     return guidance, latents
 
 
@@ -314,7 +314,7 @@ def convert(tensors):
     """Return parameters, float32, from tensors with the published names.
 
     With or without `net.`, `_flax_linear.` and `_flax_embedding.`; q, k and v become one tensor.
-    Raises ValueError with the name of one of these that is missing; the rest is not checked.
+    Raises ValueError with the name of one of these that is missing. Nothing else is checked.
     """
     params = {}
     for name, p in tensors.items():

@@ -74,19 +74,21 @@ def draw_images(sampler, labels, world, *, steps=1, seed=0):
     """
     mine = range(world.rank, len(labels), world.size)
     chunks = [mine[k : k + 100] for k in range(0, len(mine), 100)]
-    for indices in tqdm(chunks, unit=" x 100", leave=False, disable=world.rank > 0):
-        x = generate(sampler, labels[list(indices)], steps=steps, seed=seed, indices=indices)
-        if not x.isfinite().all():
-            raise ValueError("samples have values that are not finite: give an earlier save")
-        yield indices, to_uint8(x, sampler)
+    with tqdm(total=len(mine), unit=" images", leave=False, disable=world.rank > 0) as progress:
+        for indices in chunks:
+            x = generate(sampler, labels[list(indices)], steps=steps, seed=seed, indices=indices)
+            if not x.isfinite().all():
+                raise ValueError("samples have values that are not finite: give an earlier save")
+            yield indices, to_uint8(x, sampler)
+            progress.update(len(indices))
 
 
 # --- pictures ---
 
 
 def choose_shown(dataset):
-    """Return the conditions of a grid: ten of a class in each row if they are ten or fewer, else
-    one of each hundredth; of what is no class, those of the first hundred items."""
+    """Return the conditions of a grid: ten of a class in each row if there are ten or fewer, else a
+    hundred classes spread over all. Without classes, return those of the first hundred items."""
     if not dataset.classes:
         return tree_map(lambda y: y[:100], dataset.labels)
     classes = len(dataset.classes)

@@ -44,12 +44,11 @@ import model
 import runtime
 import sample
 import weights
-from runtime import all_gather, refuse, say
 from weights import Method, Sampler, checkpoint, checkpoints, dit_method, image_shape, imf_method
 
 LOG_EVERY = 50  # steps
 ASK_EVERY = 10  # steps between questions to the other processes, for which the host waits
-SAVE_EVERY, SAVE_SHARE = 500, 0.02  # steps, and of the time, unless said
+SAVE_EVERY, SAVE_SHARE = 500, 0.02  # steps, and share of the time, by default
 
 
 # --- recipes ---
@@ -247,7 +246,7 @@ def log_means(run, history, grad_norm, rate):
     the device. Raises ValueError in all processes if a value in any is not finite.
     """
     rows = torch.cat([F.pad(rows, (1, 0), value=step) for step, rows in history])
-    rows = torch.cat(all_gather(rows.double().cpu()))
+    rows = torch.cat(runtime.all_gather(rows.double().cpu()))
     step, t, r, loss, raw, *more = rows.unbind(1)
     bad = rows[~rows.isfinite().all(1)]
     if len(bad):
@@ -262,7 +261,7 @@ def log_means(run, history, grad_norm, rate):
 
     watched = {"raw_equal": (raw, t == r), "raw_differ": (raw, t > r)}
     more = zip(run.method.errors, more, strict=True)
-    watched |= {f"raw_{name}": (error, t <= 1) for name, error in more}
+    watched |= {f"raw_{name}": (error, t >= 0) for name, error in more}  # all rows
     quarter = (4 * t).long().clamp(max=3)
     means = {name: mean(error[rows]) for name, (error, rows) in watched.items()}
     line = {
@@ -290,10 +289,10 @@ def log_scores(run, score, since=0):
         return
     known = runtime.read_lines(run.folder / "log.jsonl") if run.log else []
     saves = checkpoints(run.folder, "ema") if run.log else {}
-    known, saves = all_gather((known, saves))[0]
+    known, saves = runtime.all_gather((known, saves))[0]
     for step, path in saves.items():
         if step >= since and (step % weights.LASTING == 0 or step == run.plan.steps):
-            params = runtime.read_tensors(path, "redo it")[0]
+            params = runtime.read_tensors(path, "restore or delete it")[0]
             params = {name: p.to(run.world.device) for name, p in params.items()}
             line = score(path, run.sampler._replace(params=params), known)
             if run.log and line not in known:
@@ -308,7 +307,7 @@ def find_start(folder, plan, parts):
     if plan.batch % parts:
         hint = "give a multiple of processes times --accumulate"
         raise ValueError(f"--batch {plan.batch} is not divisible by {parts}: {hint}")
-    starts = all_gather(weights.newest(folder))
+    starts = runtime.all_gather(weights.newest(folder))
     if len(set(starts)) > 1:
         raise ValueError(f"processes see saves of steps {starts}: put --out on a shared disk")
     if starts[0] > plan.steps:
@@ -343,10 +342,9 @@ def open_run(method, dataset, plan, folder, start, world, *, vae, about):
     if start:
         weights.restore(folder, start, saved_tensors(state))
     latents = (torch.as_tensor(a, device=world.device) for a in method.latents)
-    drawn = (classes, kind, shape, method.guidance, *latents, vae)
     runtime.barrier()
     log = open_log(folder, start, lines) if world.rank == 0 else None
-    sampler = Sampler(state.ema, method.net, *drawn)
+    sampler = Sampler(state.ema, method.net, classes, kind, shape, method.guidance, *latents, vae)
     return Run(folder, dataset, plan, state, sampler, method, about, log, world)
 
 
@@ -400,7 +398,7 @@ def is_due(step, last, every, share, world):
         return True
     if step % (every or SAVE_EVERY):
         return False
-    return any(all_gather(world.rank == 0 and bool(every or share <= SAVE_SHARE)))
+    return any(runtime.all_gather(world.rank == 0 and bool(every or share <= SAVE_SHARE)))
 
 
 def loop(run, objective, batches, start, every, stopping, after_save):
@@ -413,7 +411,7 @@ def loop(run, objective, batches, start, every, stopping, after_save):
     for step, parts in progress:
         history.append((step, add_gradients(objective, parts)))
         norm = update(state, plan, step)
-        stopped = step % ASK_EVERY == 0 and any(all_gather(stopping.is_set()))
+        stopped = step % ASK_EVERY == 0 and any(runtime.all_gather(stopping.is_set()))
         share = in_saves / (time.monotonic() - begun)
         saving = stopped or is_due(step, plan.steps, every, share, world)
         if saving or step % LOG_EVERY == 0:
@@ -460,7 +458,7 @@ def fit(
             run.log.close()
             run.log.lock.release()
     if stopped:
-        say(f"stopped by a signal after step {step}, which is saved: the same command continues")
+        runtime.say(f"stopped by a signal after step {step}, which is saved: run it again to go on")
     elif run.log and dataset.kind in data.TENSOR:
         print(folder / f"grid-{step:08}.png", folder / "curve.png")
     return None if stopped else run.sampler
@@ -498,9 +496,9 @@ def parse_arguments(argv):
     add("--compile", **on_gpu, help="compile the blocks (default: on a GPU)")
     args = arguments.parse_args(argv)
     if not args.fid:
-        refuse("without --fid", inception=args.inception, count=args.count)
+        runtime.refuse("without --fid", inception=args.inception, count=args.count)
     if args.init is None:
-        refuse("without --init", convention=args.convention)
+        runtime.refuse("without --init", convention=args.convention)
     return args
 
 
@@ -537,7 +535,7 @@ def load_dataset(name, size, vae, fid, world):
         found = f"{name} holds {dataset.shape}, not divisible by patches of {patch}"
         raise ValueError(f"{found}: choose another --size, or convert with another --resolution")
     if dataset.kind == "pixels":
-        refuse(f"as {name} holds pixels", vae=vae)
+        runtime.refuse(f"as {name} holds pixels", vae=vae)
     if fid and not vae and dataset.kind == "latents":
         raise ValueError("--fid needs --vae, sd-vae-ft-mse's file, to decode latents")
     return dataset
@@ -553,12 +551,14 @@ def choose_guidance(recipe, name, classes, given):
 
 
 def announce(size, plan, dataset, guidance):
+    """Print what will be trained, on what and for how long."""
     images, classes = len(dataset.items), len(dataset.classes)
-    epochs = f"{plan.steps * plan.batch / images:,.0f} epochs"
+    epochs = plan.steps * plan.batch / images
     scale = f"scale {guidance[0] / (1 - guidance[1]):.3g}" if guidance else "scales drawn"
     growth = f", --lr grows for {plan.warmup:,} steps" if plan.warmup else ""
     what = f"{size} on {images:,} images of {classes:,} classes"
-    say(f"{what}: {plan.steps:,} steps of {plan.batch} are {epochs}; guidance {scale}{growth}")
+    length = f"{plan.steps:,} steps of {plan.batch} are {epochs:,.0f} epochs"
+    runtime.say(f"{what}: {length}; guidance {scale}{growth}")
 
 
 def main(argv, world):
