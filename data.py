@@ -5,8 +5,9 @@
     python data.py IMAGES data/cifar10                                        pixels, not latents
 
 IMAGES has one folder of image files per class, like ImageNet's train/, or image files alone, which
-are then one class. The same command continues a conversion that was stopped. It writes shards of up
-to 1,024 images and, at the end, an index:
+are then one class. Names that begin with a dot, and __MACOSX, are left out. It writes shards of up
+to 1,024 images and, at the end, an index. The same command continues a conversion that was stopped,
+and later makes those shards again whose images have other sizes, or were left out and can be read.
 
     shard-NNNNN.safetensors     labels (n,) int64, and
                                 for latents, moments (n, 2, 2, 4, H/8, W/8) float16: for the image
@@ -19,11 +20,15 @@ digits.npz holds 1,797 grey digits, 8x8 uint8 from 0 to 16 (E. Alpaydin, C. Kayn
 Recognition of Handwritten Digits, UCI, 1998, CC BY 4.0).
 """
 
+import errno
 import hashlib
 import json
 import os
+import stat
+import struct
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import lru_cache
 from itertools import islice
 from pathlib import Path
@@ -31,8 +36,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
-from safetensors import SafetensorError, safe_open
+from PIL import Image, ImageOps
 from torch.utils._pytree import tree_map
 from torch.utils.data import ConcatDataset
 from tqdm import tqdm
@@ -41,8 +45,15 @@ import runtime
 from vae import SCALE, encode
 from weights import VAE, load_vae
 
-SHARD = 1024  # images
+DIGITS = "b2dab7b501728c22e9119ad76740b2e17c77a231e42d1e592380d90886f1a05e"  # digits.npz's sha256
+SHARD, SHARD_BYTES = 1024, 2**28  # a shard's images, and the bytes of their pixels, at most
 TENSOR = {"latents": "moments", "pixels": "pixels"}  # what a shard of each kind holds
+FIELDS = {"kind": str, "classes": list, "source": str, "left_out": list, "shards": dict}
+FIELDS |= {"mirror": bool, "vae": str | None}  # of an index; old ones lack these two
+# Those that Pillow reads by itself: for EPS it starts Ghostscript, whatever the file's name.
+FORMATS = "JPEG", "PNG", "BMP", "GIF", "PPM", "TIFF", "WEBP"
+SUFFIXES = {suffix for suffix, name in Image.registered_extensions().items() if name in FORMATS}
+BROKEN_EXIF = AttributeError, LookupError, SyntaxError, TypeError, ValueError, struct.error
 
 
 # --- data sets and batches ---
@@ -56,12 +67,16 @@ class Dataset(NamedTuple):
     mirror: bool  # whether mirror images belong to it
     labels: torch.Tensor  # (N,) int64, or whatever y is: any nested tuple or dict of (N, ...)
     items: ConcatDataset  # the N items, from memory-mapped shards, or a tensor (N, ...)
+    vae: str = ""  # the sha256 of the VAE that encoded them, if known
 
 
 def digits():
     """Return the embedded digits: items (1, 8, 8) float32 in [-1, 1], where -1 is blank paper."""
-    with np.load(Path(__file__).with_name("digits.npz")) as file:
-        images, labels = torch.from_numpy(file["images"]), torch.from_numpy(file["labels"])
+    with runtime.reading(Path(__file__).with_name("digits.npz"), "fetch it again") as file:
+        if hashlib.file_digest(file, "sha256").hexdigest() != DIGITS:
+            raise ValueError("it is not the one that belongs to data.py")
+        file.seek(0)
+        images, labels = (torch.from_numpy(np.load(file)[key]) for key in ("images", "labels"))
     classes, items = [str(k) for k in range(10)], images[:, None] / 8 - 1
     return Dataset("digits", "pixels", classes, (1, 8, 8), False, labels.long(), items)
 
@@ -109,13 +124,15 @@ def batch(dataset, size, *, seed, step, rank=0, world=1, latents=(0.0, SCALE)):
 
 def prefetch(make, keys, depth=3, threads=1):
     """Yield make(key) for each key in order, computed in threads up to `depth` keys ahead."""
-    keys, pending = iter(keys), deque()
-    with ThreadPoolExecutor(threads) as pool:
+    keys, pending, pool = iter(keys), deque(), ThreadPoolExecutor(threads)
+    try:
         while True:
             pending.extend(pool.submit(make, key) for key in islice(keys, depth - len(pending)))
             if not pending:
                 return
             yield pending.popleft().result()
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)  # Ctrl-C waits for nothing
 
 
 def checksum(value):
@@ -130,13 +147,43 @@ def read_index(path):
     """
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist: run python data.py IMAGES {path.parent}")
-    try:
-        index = json.loads(path.read_text())
-        if index.pop("checksum") == checksum(index):
-            return index
-    except (ValueError, TypeError, LookupError, AttributeError):
-        pass
-    raise ValueError(f"{path} is not an index that data.py wrote: choose another folder")
+    with runtime.reading(path, "choose another folder") as file:
+        index = json.load(file)
+        if isinstance(index, dict) and index.pop("checksum", None) == checksum(index):
+            index = {"mirror": True, "vae": None} | index
+            typed = all(isinstance(index.get(key), kind) for key, kind in FIELDS.items())
+            if typed and index["kind"] in TENSOR and set(map(type, index["classes"])) <= {str}:
+                if set(map(type, index["shards"].values())) == {dict}:
+                    return index
+        raise ValueError("not an index that data.py wrote")
+
+
+def check_shards(shards, index, whole=False):
+    """Return the labels of shards, {path: tensors}, and an item's shape, if they fit the index.
+
+    Raises ValueError if not, or for a class without images. Reads the items only if `whole`.
+    """
+    name, classes, hint = TENSOR[index["kind"]], index["classes"], "write it again"
+    latents = index["kind"] == "latents"
+    views, dtypes = ((1 + index["mirror"], 2), runtime.FLOATS) if latents else ((), [torch.uint8])
+    first = next(iter(shards.values())).get(name, torch.empty(0))
+    shape = tuple(first.shape[-3:]) if first.ndim == 4 + len(views) else ("C", "H", "W")
+    dtype = first.dtype if first.dtype in dtypes else dtypes[0]
+    for path, tensors in shards.items():
+        found = {key: (*p.shape, p.dtype) for key, p in tensors.items()}
+        count = found.get(name, "n")[0]
+        wanted = {name: (count, *views, *shape, dtype), "labels": (count, torch.int64)}
+        if found != wanted:
+            raise ValueError(f"{path} holds {found}, should be {wanted}: {hint}")
+        items, labels = tensors[name], tensors["labels"]
+        if ((labels < 0) | (labels >= len(classes))).any():
+            raise ValueError(f"{path} has labels outside 0 to {len(classes) - 1}: {hint}")
+        if whole and latents and not (items.isfinite().all() and (items[:, :, 1] >= 0).all()):
+            raise ValueError(f"{path} has moments that are not finite, or deviations < 0: {hint}")
+    labels = torch.cat([tensors["labels"] for tensors in shards.values()])
+    if empty := set(range(len(classes))) - set(labels.tolist()):
+        raise ValueError(f"{path.parent} has no image of class {classes[min(empty)]}: {hint}")
+    return labels, shape
 
 
 def load_data(folder, rank=0, world=1):
@@ -146,43 +193,59 @@ def load_data(folder, rank=0, world=1):
     42 GB once. Raises FileNotFoundError or ValueError, with a line that says what to do.
     """
     if folder == "digits":
+        if os.path.isdir("digits"):
+            raise ValueError("digits is a folder here, too: give ./digits, or rename it")
         return digits()
     index, hint = read_index(Path(folder, "index.json")), "delete it and run data.py again"
-    paths = [Path(folder, Path(name).name) for name in index["shards"]]
-    shards, mine = [runtime.read_tensors(path, hint)[0] for path in paths], paths[rank::world]
-    with ThreadPoolExecutor() as pool:
-        for path, digest in zip(mine, pool.map(runtime.sha256, mine)):
-            if digest != index["shards"][path.name]["sha256"]:
-                raise ValueError(f"{path} does not have the checksum in index.json: {hint}")
+    entries = {Path(folder, Path(name).name): entry for name, entry in index["shards"].items()}
+    shards = {path: runtime.read_tensors(path, hint)[0] for path in entries}
+    mine = list(entries)[rank::world]
+    for path, digest in zip(mine, prefetch(runtime.sha256, mine, 16, os.cpu_count())):
+        if digest != entries[path].get("sha256"):
+            raise ValueError(f"{path} does not have the checksum in index.json: {hint}")
     runtime.barrier()  # until the other processes have checked theirs
-    kind = index["kind"]
-    items = ConcatDataset([shard[TENSOR[kind]] for shard in shards])
-    labels = torch.cat([shard["labels"] for shard in shards])
+    kind, (labels, shape) = index["kind"], check_shards(shards, index)
+    items = ConcatDataset([tensors[TENSOR[kind]] for tensors in shards.values()])
     # The checksums of shards do not count: another GPU encodes with other rounding.
-    name = f"{kind} {checksum([index['source'], index['left_out']])[:16]}"
-    shape = tuple(items[0].shape[-3:])
-    return Dataset(name, kind, index["classes"], shape, index.get("mirror", True), labels, items)
+    sizes = [entry["sizes"] for entry in entries.values() if entry.get("sizes")]
+    name = f"{kind} {checksum([index['source'], index['left_out'], *sizes])[:16]}"
+    about = index["classes"], shape, index["mirror"], labels, items, index["vae"] or ""
+    return Dataset(name, kind, *about)
 
 
 # --- from a folder of images to shards ---
 
 
-def read_image(path):
-    """Return an image file as a PIL image in RGB.
+def is_deep(image):
+    """Return whether an image file has more than 8 bits a channel, which Pillow cuts off unsaid."""
+    raw = image.tile[0][3] if image.tile else ""
+    largest = raw[1] if image.format == "PPM" and isinstance(raw, tuple) else 0
+    bits = image.tag_v2.get(258, (1,)) if image.format == "TIFF" else (1,)
+    return image.mode[0] in "IF" or ";16B" in raw or largest > 255 or max(bits) > 8
 
-    Raises ValueError for bytes that are not an image of 8 bits a channel, OSError for a bad disk.
+
+def read_image(path):
+    """Return an image file as a PIL image in RGB, upright, on white where it is transparent.
+
+    Raises ValueError for bytes that are not an image of 8 bits a channel, OSError if the file is
+    gone, or the disk or memory fails.
     """
-    try:
-        with Image.open(path) as image:
-            if image.mode.startswith(("I", "F")):
+    with runtime.reading(path, "repair or delete it, and run the same command again") as file:
+        try:
+            image = Image.open(file, formats=FORMATS)
+            if is_deep(image):
                 raise ValueError(f"more than 8 bits a channel, mode {image.mode}")
+            image.load()
+            # differs from ADM: pictures are as viewers show them, turned as EXIF says, unless that
+            # is broken, and nothing behind them. How many of ImageNet's differ is unknown.
+            with suppress(*BROKEN_EXIF):
+                ImageOps.exif_transpose(image, in_place=True)
+            if image.has_transparency_data:
+                image = image.convert("RGBA")
+                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
             return image.convert("RGB")
-    except Exception as error:  # Pillow's many formats raise many types
-        failed = isinstance(error, MemoryError) or getattr(error, "errno", None)
-        if failed and not isinstance(error, FileNotFoundError):
-            raise
-        why = " ".join(str(error).split()) or type(error).__name__
-        raise ValueError(f"{path} is not a readable image ({why}): repair or delete it") from None
+        except MemoryError:
+            raise OSError(errno.ENOMEM, "out of memory") from None
 
 
 def centre_crop(image, size):
@@ -193,7 +256,7 @@ def centre_crop(image, size):
     scaled = [round(side * size / min(image.size)) for side in image.size]
     image = image.resize(scaled, Image.Resampling.BICUBIC)
     left, top = ((side - size) // 2 for side in scaled)
-    pixels = np.array(image)[top : top + size, left : left + size]
+    pixels = np.array(image.crop((left, top, left + size, top + size)))
     return torch.from_numpy(pixels).permute(2, 0, 1)
 
 
@@ -208,18 +271,29 @@ def load_crop(path, size):
         return torch.zeros(3, size, size, dtype=torch.uint8), str(error)
 
 
-def files_below(folder):
-    """Return the paths of all files in a folder and in those below it, sorted.
+def data_in(folder):
+    """Return the paths in a folder, sorted, but for those that tools hide there."""
+    try:
+        return sorted(p for p in Path(folder).iterdir() if not p.name.startswith((".", "__MACOSX")))
+    except OSError as error:
+        why = f"cannot be read ({runtime.reason(error)}): make it readable, or delete it"
+        raise OSError(f"{folder} {why}") from None
+
+
+def files_below(folder, seen=None):
+    """Return the paths of all files that are data in a folder and in those below it, sorted.
 
     Follows links to folders, but enters no folder twice: links may form a loop.
     """
-    paths, seen = [], set()
-    for parent, folders, names in os.walk(folder, followlinks=True):
-        if (real := os.path.realpath(parent)) in seen:
-            folders.clear()
-        else:
-            seen.add(real)
-            paths += [Path(parent, name) for name in names]
+    paths, seen = [], set() if seen is None else seen
+    if (real := os.path.realpath(folder)) in seen:
+        return []
+    seen.add(real)
+    for path in data_in(folder):
+        if path.is_dir():
+            paths += files_below(path, seen)
+        elif stat.S_IFMT(path.lstat().st_mode) in (stat.S_IFREG, stat.S_IFLNK):
+            paths.append(path)  # a link that leads nowhere is an image that is gone
     return sorted(paths)
 
 
@@ -235,9 +309,8 @@ def list_images(root):
     """
     if not root.is_dir():
         raise ValueError(f"{root} is not a folder: give one with a folder of images per class")
-    folders = sorted(path for path in root.iterdir() if path.is_dir())
-    loose = first_image(sorted(path for path in root.iterdir() if path.is_file()))
-    if folders and loose:
+    folders = [path for path in data_in(root) if path.is_dir()]
+    if folders and (loose := first_image(path for path in data_in(root) if not path.is_dir())):
         raise ValueError(f"{loose} lies beside folders of classes: move it into one of them")
     files, first = [], []
     for label, folder in enumerate(folders or [root]):
@@ -256,92 +329,123 @@ def encode_views(vae, images, mirror, device):
     return torch.stack(views, 1).half().cpu()  # (n, view, mean and deviation, 4, H/8, W/8)
 
 
-def is_complete(path, source, entry):
-    """Return whether a shard of `source` is there, whole, and as its entry in the index, if any.
-    Raise ValueError if the shard was made from another source."""
-    try:
-        with safe_open(path, "pt") as file:
-            about = json.loads((file.metadata() or {}).get("about", "{}"))
-    except (SafetensorError, FileNotFoundError):
-        return False
-    if about.get("source") != source:
+def read_shard(path, source):
+    """Return the tensors of a shard, and what it says it was made of: {"source", "left_out", ...}.
+
+    Raises FileNotFoundError, ValueError if it is damaged, FileExistsError for another source.
+    """
+    tensors, metadata = runtime.read_tensors(path, "run the same command again")
+    made = {}
+    with suppress(LookupError, ValueError, TypeError):
+        made = dict(json.loads(metadata["about"]))
+    if made.get("source") != source:
         what = "other files, or with another resolution or VAE"
-        raise ValueError(f"{path} was made from {what}: choose another OUT")
-    return not entry or entry["sha256"] == runtime.sha256(path)
+        raise FileExistsError(f"{path} was made from {what}: choose another OUT")
+    return tensors, made
 
 
-def save_shard(path, kind, items, labels, source, left_out=()):
+def measure(root, part):
+    """Return a checksum of files' sizes, by which a change is noticed without reading them."""
+    paths = [root / name for name, _ in part]
+    return checksum([os.path.getsize(path) if os.path.exists(path) else None for path in paths])
+
+
+def is_complete(path, root, part, about, known):
+    """Return whether a shard is there, whole, as its entry in the index, if any, and as made from
+    its files now. Raise FileExistsError if it was made from another source."""
+    try:
+        tensors, made = read_shard(path, about["source"])
+    except (FileNotFoundError, ValueError):
+        return False
+    now, entry = (measure(root, part), len(tensors["labels"])), known.get(path.name, {})
+    of_index = now == (entry.get("sizes"), entry.get("count"))  # or it was made again since
+    if made.get("sizes") != now[0] or of_index and entry["sha256"] != runtime.sha256(path):
+        return False
+    return all(load_crop(root / name, 1)[1] for name in made["left_out"])
+
+
+def save_shard(path, kind, items, labels, source, left_out=(), sizes=""):
     """Write a shard: items as in this file's docstring, labels (n,) int64, and what they are of."""
-    metadata = json.dumps({"source": source, "left_out": left_out})
+    metadata = json.dumps({"source": source, "left_out": left_out, "sizes": sizes})
     runtime.save_tensors(path, {TENSOR[kind]: items, "labels": labels}, {"about": metadata})
 
 
-def write_shards(root, files, about, todo, vae, world):
-    """Convert `files`, [(path below root, label)], to the shards `todo`, {number: path}."""
-    size = about["resolution"]
-
-    def read(k):
-        part = files[k * SHARD : (k + 1) * SHARD]
-        return part, list(pool.map(lambda file: load_crop(root / file[0], size), part))
-
-    total = sum(len(files[k * SHARD : (k + 1) * SHARD]) for k in todo)
+def write_shards(root, todo, about, vae, world):
+    """Convert files to the shards `todo`, {path: [(path of a file below root, label)]}."""
+    side, total = about["resolution"], sum(map(len, todo.values()))
     progress = tqdm(total=total, unit=" files", disable=world.rank > 0)
-    with progress, ThreadPoolExecutor() as pool:
-        for path, (part, crops) in zip(todo.values(), prefetch(read, todo, depth=2)):
-            (names, labels), (images, errors) = zip(*part), zip(*crops)
-            whole = torch.tensor([error is None for error in errors])
-            images, labels = torch.stack(images)[whole], torch.tensor(labels)[whole]
-            for error in filter(None, errors):
-                tqdm.write(f"left out: {error}")
-            left_out = [name for name, error in zip(names, errors) if error]
-            progress.update(len(left_out))
-            items = []
-            for x in images.split(64):
-                items.append(encode_views(vae, x, about["mirror"], world.device) if vae else x)
-                progress.update(len(x))
-            items = torch.cat(items)
-            save_shard(path, about["kind"], items, labels, about["source"], left_out)
+
+    def load(row):
+        crop, error = load_crop(root / names[row], side)
+        crops[row] = crop
+        return error is None
+
+    for path, part in todo.items():
+        (names, labels), sizes = zip(*part), measure(root, part)
+        crops = torch.empty(len(part), 3, side, side, dtype=torch.uint8)
+        loaded, whole, items = prefetch(load, range(len(part)), 256, os.cpu_count()), [], []
+        for x in crops.split(64):
+            fine = list(islice(loaded, len(x)))
+            if vae:
+                items.append(encode_views(vae, x[fine], about["mirror"], world.device))
+            whole += fine
+            progress.update(len(x))
+        items = torch.cat(items) if vae else crops if all(whole) else crops[whole]
+        left_out = [name for name, is_whole in zip(names, whole) if not is_whole]
+        labels = torch.tensor(labels)[whole]
+        save_shard(path, about["kind"], items, labels, about["source"], left_out, sizes)
+    progress.close()
 
 
 def write_index(folder, shards, about):
-    """Write the index of these shards, with their counts and checksums.
+    """Write the index of these shards, with their counts and checksums, and return it.
 
-    about: {"kind", "resolution", "mirror", "classes", "source"} and whatever else is to be kept.
+    about: {"kind", "mirror", "classes", "source"} and whatever else is to be kept. Raises
+    ValueError unless the shards fit it, and each other.
     """
-    labels, entries, left_out = [], {}, []
+    tensors, entries, left_out = {}, {}, []
     for path in shards:
-        tensors, metadata = runtime.read_tensors(path, "run the same command again")
-        labels.append(tensors["labels"])
-        left_out += json.loads(metadata["about"])["left_out"]
-        entries[path.name] = {"count": len(labels[-1]), "sha256": runtime.sha256(path)}
-    counts = torch.cat(labels).bincount(minlength=len(about["classes"])).tolist()
+        tensors[path], made = read_shard(path, about["source"])
+        count = len(tensors[path].get("labels", ()))
+        entries[path.name] = {"count": count, "sha256": runtime.sha256(path)}
+        entries[path.name]["sizes"] = made.get("sizes")
+        left_out += made["left_out"]
+    labels, shape = check_shards(tensors, {"mirror": True} | about, whole=True)
+    counts = labels.bincount().tolist()
     index = about | {"counts": counts, "left_out": left_out, "shards": entries}
     with runtime.atomic_write(folder / "index.json") as temporary:
         temporary.write_text(json.dumps(index | {"checksum": checksum(index)}, indent=1))
-    side = about["resolution"]
-    done = f"{sum(counts):,} images of {len(counts):,} classes as {about['kind']} of {side}x{side}"
-    print(f"{folder}: {done} in {len(shards):,} shards; {len(left_out)} files left out")
+    unit = 8 if about["kind"] == "latents" else 1
+    sides = "x".join(str(unit * side) for side in shape[1:])
+    done = f"{sum(counts):,} images of {len(counts):,} classes as {about['kind']} of {sides}"
+    rest = f"in {len(shards):,} shards; {len(left_out)} files left out"
+    runtime.say(f"{folder}: {done} {rest}")
+    return index
 
 
 def convert(root, folder, files, about, vae, world):
     """Convert `files` below `root` to shards and an index in `folder`, each process its share.
 
-    Shards that are there, whole, are kept. about: as for `write_index`.
+    Shards that are there, whole, are kept. about: as for `write_index`, with "resolution".
     """
     lock = runtime.lock_folder(folder) if world.rank == 0 else None
     runtime.say(f"{len(files):,} files of {len(about['classes']):,} classes")
     if len(about["classes"]) == 1:
         runtime.say("there is one class: training will be unguided")
-    runtime.barrier()
-    shards = [folder / f"shard-{k:05}.safetensors" for k in range(-(-len(files) // SHARD))]
+    runtime.agree(about["source"], "images")
+    size = max(1, min(SHARD, SHARD_BYTES // (3 * about["resolution"] ** 2)))
+    parts = [files[k : k + size] for k in range(0, len(files), size)]
+    shards = {folder / f"shard-{k:05}.safetensors": part for k, part in enumerate(parts)}
     index = folder / "index.json"
     known = read_index(index)["shards"] if index.exists() else {}
-    todo = {k: shards[k] for k in range(world.rank, len(shards), world.size)}
-    todo = {k: p for k, p in todo.items() if not is_complete(p, about["source"], known.get(p.name))}
-    write_shards(root, files, about, todo, vae, world)
+    mine = islice(shards.items(), world.rank, None, world.size)
+    todo = {path: part for path, part in mine if not is_complete(path, root, part, about, known)}
+    write_shards(root, todo, about, vae, world)
     runtime.barrier()
     if lock:
-        write_index(folder, shards, about)
+        runtime.sweep(folder)  # no earlier: it is this conversion's, and nobody is writing
+        for name in write_index(folder, [*shards], about)["left_out"]:
+            runtime.say("left out:", load_crop(root / name, 1)[1])
         lock.release()
 
 
@@ -352,7 +456,7 @@ def main(argv, world):
     add("out", type=Path, help="the folder to write")
     add("--vae", help=f"the VAE's file ({VAE}); default: write pixels")
     side = "side of the crops (default: 256 with --vae, else the first image's shorter side)"
-    add("--resolution", type=runtime.number(int, 1), help=side)
+    add("--resolution", type=runtime.number(int, 1, 2**13), help=side)
     mirror = "train without mirror images, as text and digits need (default: with them)"
     add("--no-mirror", action="store_true", help=mirror)
     args = arguments.parse_args(argv)
@@ -361,6 +465,10 @@ def main(argv, world):
     vae = None if args.vae is None else load_vae(args.vae, world.device)
     files, classes, first = list_images(args.images)
     side = args.resolution or (256 if vae else min(read_image(first).size))
+    if not args.resolution and not vae:
+        runtime.say(f"--resolution {side}, the shorter side of {first}")
+        if side < 8:
+            raise ValueError(f"{first} is too small to set the side of all: give --resolution")
     if vae and side % 8:
         raise ValueError(f"--resolution {side}: with --vae give a multiple of 8")
     about = {

@@ -18,14 +18,14 @@ sigma, or ref_mu and ref_sigma. --inception takes pt_inception-2015-12-05-672682
 tensors as .safetensors. Without it the features are raw pixels, and the line says so.
 """
 
+import itertools
 import json
 import math
 import os
 import zipfile
+from collections import defaultdict
 from collections.abc import Callable
-from contextlib import contextmanager
 from functools import reduce
-from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -36,110 +36,112 @@ from PIL import Image
 
 import fid
 import runtime
-from data import files_below, load_data, prefetch, read_image
+import weights
+from data import SUFFIXES, files_below, load_data, prefetch, read_image
 from sample import add_sampling, choose_labels, draw_images, generate
-from weights import (
-    WEIGHTS,
-    checkpoints,
-    choose_guidance,
-    find_checkpoint,
-    image_shape,
-    open_sampler,
-)
 
-REFERENCE = (  # ADM's, for ImageNet 256x256
-    "https://openaipublic.blob.core.windows.net/diffusion/jul-2021/ref_batches/imagenet/256/"
-    "VIRTUAL_imagenet256_labeled.npz"
+NPZ = (
+    "give images or an .npz, such as ADM's https://openaipublic.blob.core.windows.net/diffusion/"
+    "jul-2021/ref_batches/imagenet/256/VIRTUAL_imagenet256_labeled.npz"
 )
+MOST = 20_000  # features, whose covariance takes 3 GB
 
 # --- images and references from files ---
 
 
-@contextmanager
-def readable(path):
-    """Turn any error of decoding an .npz file into a one-line ValueError."""
-    try:
-        yield
-    except Exception as error:  # zipfile, zlib and NumPy raise many types
-        why = " ".join(str(error).split())[:200]
-        hint = f"give images or an .npz, such as {REFERENCE}"
-        raise ValueError(f"{path} cannot be read ({why}): {hint}") from None
+def open_array(archive, name, sides, *dtypes):
+    """Return the file of an array's values in an .npz, their shape and dtype. Raise ValueError
+    unless its header claims these sides, None for any, and as many bytes as there are."""
+    file, size = archive.open(f"{name}.npy"), archive.getinfo(f"{name}.npy").file_size
+    version = np.lib.format.read_magic(file)
+    shape, fortran, dtype = np.lib.format.read_array_header_1_0(file)
+    fits = len(shape) == len(sides) and all(n > 0 and w in (n, None) for n, w in zip(shape, sides))
+    plain = version == (1, 0) and dtype.name in dtypes and not (fortran and len(shape) > 2)
+    if not fits or not plain or file.tell() + math.prod(shape) * dtype.itemsize != size:
+        wanted = f"{' or '.join(dtypes)} {sides} in C order".replace("None", "any")
+        raise ValueError(f"{name} is {dtype} {shape} in {size:,} bytes, should be {wanted}")
+    return file, shape, dtype
 
 
 def load_statistics(path):
     """Return the mean (d,) and covariance (d, d), float64, of an .npz, or None if it has none.
 
-    Raises ValueError unless they are finite, fit each other, and the covariance is symmetric.
+    Raises ValueError unless they are finite, fit each other, and the covariance is one.
     """
-    with readable(path), zipfile.ZipFile(path), np.load(path) as file:
-        prefix = "ref_" if "ref_mu" in file else ""
-        if f"{prefix}mu" not in file:
+    with runtime.reading(path, NPZ) as file, zipfile.ZipFile(file) as archive:
+        prefix = "ref_" if "ref_mu.npy" in archive.namelist() else ""
+        if f"{prefix}mu.npy" not in archive.namelist():
             return None
-        arrays = file[f"{prefix}mu"], file[f"{prefix}sigma"]
-        mu, sigma = (torch.from_numpy(a.astype(np.float64, casting="safe")) for a in arrays)
-    if not mu.numel() or sigma.shape != (*mu.shape, *mu.shape) or mu.ndim > 1:
-        found = f"{tuple(mu.shape)} and {tuple(sigma.shape)}"
-        raise ValueError(f"{path}: mu and sigma are {found}, they should be (d,) and (d, d)")
-    symmetric = (sigma - sigma.T).abs().max() <= 1e-6 * sigma.abs().max()  # false for NaN, inf
-    if not (symmetric and mu.isfinite().all() and sigma.diagonal().min() >= 0):
-        raise ValueError(f"{path}: mu and sigma are not a finite mean and covariance: redo it")
-    return mu, (sigma + sigma.T) / 2
+        floats = "float32", "float64"  # float16 would change the distance's second digit
+        mean, (d,), kind = open_array(archive, f"{prefix}mu", (None,), *floats)
+        covariance, shape, other = open_array(archive, f"{prefix}sigma", (d, d), *floats)
+        if d > MOST:
+            raise ValueError(f"{d:,} features are too many")
+        mu = torch.from_numpy(np.frombuffer(mean.read(), kind).astype(float))
+        sigma = torch.from_numpy(np.frombuffer(covariance.read(), other).astype(float)).view(shape)
+        finite = all(a.abs().max() < 1e100 for a in (mu, sigma))  # false for NaN
+        if not finite or (sigma - sigma.T).abs().max() > 1e-6 * sigma.abs().max():
+            raise ValueError("mu and sigma are not a finite mean and covariance")
+        sigma = (sigma + sigma.T) / 2
+        fid.root(sigma)  # raises ValueError if it is no covariance
+    return mu, sigma
 
 
 def npz_images(path):
-    """Return the number of images in an .npz and a generator of them, (3, H, W) uint8.
+    """Yield the number of images in an .npz, and then each of them, (3, H, W) uint8.
 
     One at a time: as a whole, ADM's 50,000 would take 10 GB of memory in each process.
     """
-    with readable(path):
-        file = zipfile.ZipFile(path).open("arr_0.npy")
-        if np.lib.format.read_magic(file) != (1, 0):
-            raise ValueError("not the format of plain arrays")
-        (count, *shape), fortran, dtype = np.lib.format.read_array_header_1_0(file)
-    if dtype != np.uint8 or len(shape) != 3 or shape[2] != 3 or fortran:
-        raise ValueError(f"{path}: arr_0 is {dtype} {(count, *shape)}: give uint8 (N, H, W, 3)")
+    with runtime.reading(path, NPZ) as file, zipfile.ZipFile(file) as archive:
+        values, (count, *shape), _ = open_array(archive, "arr_0", (None, None, None, 3), "uint8")
+        size = math.prod(shape)
+        if size > 3 * Image.MAX_IMAGE_PIXELS:
+            raise ValueError(f"images of {shape} are too large")
+        yield count
+        for _ in range(count):
+            image = torch.frombuffer(bytearray(values.read(size)), dtype=torch.uint8)
+            yield image.view(shape).permute(2, 0, 1)
 
-    def images():
-        for i in range(count):
-            with readable(path):
-                values = file.read(math.prod(shape))
-            if len(values) < math.prod(shape):
-                raise ValueError(f"{path} ends after {i} of {count} images: fetch it again")
-            image = torch.frombuffer(bytearray(values), dtype=torch.uint8)
-            yield image.reshape(shape).permute(2, 0, 1)
 
-    return count, images()
+def in_turn(labels):
+    """Return the order, a list of indices, that takes the items of each label in turn."""
+    counters = defaultdict(itertools.count)
+    turns = [next(counters[label]) for label in labels]
+    return sorted(range(len(turns)), key=turns.__getitem__)
 
 
 def load_images(path, count=None, rank=0, world=1):
-    """Return an iterator over the images rank::world, (C, H, W) uint8, of the first `count` or all.
+    """Return an iterator over the images rank::world, (C, H, W) uint8, of all or of `count`.
 
-    path: as IMAGES in this file's docstring. Raises ValueError if there are fewer than `count`, or
-    than two.
+    path: as IMAGES in this file's docstring. Of an .npz the first are taken, else those of each
+    class in turn. Raises ValueError if there are fewer than `count`, or than two.
     """
-    files = None
+    labels = None
     if path == "digits" or any(Path(path).glob("shard-*.safetensors")):
         dataset = load_data(path, rank, world)
         if dataset.kind != "pixels":
             raise ValueError(f"{path} holds latents: give images or their statistics")
-        total, images = len(dataset.items), iter(dataset.items)
+        items, labels = dataset.items, dataset.labels.tolist()
         if path == "digits":
-            images = (((x + 1) * 127.5).round().byte() for x in images)
+            items = ((items + 1) * 127.5).round().byte()
+        read = items.__getitem__
     elif os.path.isdir(path):
-        suffixes = Image.registered_extensions()
-        files = [file for file in files_below(path) if file.suffix.lower() in suffixes]
-        total = len(files)
+        files = [file for file in files_below(path) if file.suffix.lower() in SUFFIXES]
+        labels = [file.relative_to(path).parts[0] for file in files]
+
+        def read(k):
+            return torch.from_numpy(np.array(read_image(files[k]))).permute(2, 0, 1)
+
     else:
-        total, images = npz_images(path)
+        images = npz_images(path)
+    total = next(images) if labels is None else len(labels)
+    runtime.agree(total, f"images in {path}")
     if total < (count or 2):
         raise ValueError(f"{path} has {total} images, at least {count or 2} are needed")
-    if files is None:
-        return islice(images, rank, count, world)
-
-    def read(file):
-        return torch.from_numpy(np.array(read_image(file))).permute(2, 0, 1)
-
-    return prefetch(read, files[rank:count:world], depth=256, threads=os.cpu_count())
+    if labels is None:
+        return itertools.islice(images, rank, count, world)
+    mine = (in_turn(labels) if count else range(total))[rank:count:world]
+    return prefetch(read, mine, depth=256, threads=os.cpu_count())
 
 
 # --- features and their statistics ---
@@ -148,7 +150,7 @@ def load_images(path, count=None, rank=0, world=1):
 def pixels(images):
     """Return raw pixels as features, (B, C H W) in [-1, 1], of uint8 (B, C, H, W); no logits."""
     features = images.flatten(1) / 127.5 - 1
-    if features.shape[1] > 20_000:
+    if features.shape[1] > MOST:
         raise ValueError(f"{features.shape[1]:,} pixels are too many features: give --inception")
     return features, None
 
@@ -180,15 +182,9 @@ def load_features(path, device):
 
 
 def gather(state):
-    """Return the statistics of all processes' items, on each of them and on the CPU.
-
-    A process without items has None.
-    """
+    """Return the statistics of all processes' items, some perhaps None, on the CPU."""
     mine = state and (state[0], state[1].cpu(), state[2].cpu())
-    states = [state for state in runtime.all_gather(mine) if state]
-    if len({len(mean) for _, mean, _ in states}) > 1:
-        raise ValueError("images have several sizes: give --inception, or images of one size")
-    return reduce(fid.merge, states)
+    return reduce(fid.merge, [state for state in runtime.all_gather(mine) if state])
 
 
 def gather_rows(rows):
@@ -225,15 +221,14 @@ def measure(path, features, world, count=None, keep_logits=True, shape=None):
             raise ValueError(f"{path}: images of {found} cannot be compared: give --inception")
 
     def batches():
-        while part := [image.to(world.device) for image in islice(images, 64)]:
+        while part := [image.to(world.device) for image in itertools.islice(images, 64)]:
             here = {tuple(image.shape) for image in part}
             seen.update(here)
             check(seen)
             yield part if len(here) > 1 else torch.stack(part)
+        check(set().union(*runtime.all_gather(seen)))
 
-    result = collect(batches(), features, keep_logits)
-    check(set().union(*runtime.all_gather(seen)))
-    return result
+    return collect(batches(), features, keep_logits)
 
 
 class Scorer(NamedTuple):
@@ -252,17 +247,21 @@ def load_scorer(ref, inception, shape, world):
     """
     features, about = load_features(inception, world.device)
     digest = f", sha256 {runtime.sha256(ref)}" if os.path.isfile(ref) else ""
-    if not digest or (known := load_statistics(ref)) is None:
+    runtime.agree(digest, f"files {ref}")
+    what, known = digest, load_statistics(ref) if digest else None
+    if known is None:
         state, _ = measure(ref, features, world, keep_logits=False, shape=shape)
-        known, digest = fid.statistics(state), f", {state[0]} images" + digest
+        known, what = fid.statistics(state), f", {state[0]} images" + digest
         mean, variance = known[0].mean(), known[1].trace()  # tell other images of the same number
-        digest += f", mean {mean:.5g}, variance {variance:.5g}"
+        what += f", mean {mean:.5g}, variance {variance:.5g}"
+    if digest and not digest.endswith(runtime.sha256(ref)):
+        raise ValueError(f"{ref} changed while it was read: run the same command again")
     image = torch.zeros(1, *shape, dtype=torch.uint8, device=world.device)
     found, wanted = features(image)[0].shape[1], len(known[0])
     if found != wanted:
         hint = "give or leave out --inception, or give another reference"
         raise ValueError(f"{ref} has {wanted} features, images of {shape} have {found}: {hint}")
-    return Scorer(features, *known, shape, about | {"reference": ref + digest})
+    return Scorer(features, *known, shape, about | {"reference": ref + what})
 
 
 def scores(state, logits, scorer):
@@ -282,7 +281,7 @@ class Samples(NamedTuple):
     """Which samples of a checkpoint are scored."""
 
     count: int = 50_000
-    classes: list | None = None  # numbers; None: all
+    classes: list | None = None  # names or numbers, as words; None: all
     uniform: bool = False  # classes are drawn; else they take turns
     steps: int = 1
     seed: int = 0
@@ -291,10 +290,11 @@ class Samples(NamedTuple):
     convention: str | None = None  # of a network that predicts a velocity
 
 
-def describe(path, sampler, scorer, samples, device):
-    """Return all that the scores of samples from the checkpoint `path` depend on."""
-    how = "uniform" if samples.uniform else "balanced"
-    how += f", of {','.join(map(str, samples.classes))}" if samples.classes else ""
+def describe(sampler, scorer, samples, device):
+    """Return all that the scores of samples depend on."""
+    how, some = "uniform" if samples.uniform else "balanced", samples.classes or []
+    labels = choose_labels(len(some), some, sampler.classes).tolist()
+    how += f", of {','.join(map(str, labels))}" if some else ""
     decoder = "float32, convolutions in TF32" if device.type == "cuda" else "float32"
     return {
         "count": samples.count,
@@ -304,29 +304,30 @@ def describe(path, sampler, scorer, samples, device):
         "guidance": list(sampler.guidance) or None,
         "precision": {"network": "float32", "decoder": sampler.vae and decoder},
         "classes": how,
-        "weights": f"{path} sha256 {runtime.sha256(path)}",
+        "weights": sampler.weights,
         "vae": samples.vae and runtime.sha256(samples.vae),
         "scale": samples.scale,
         "convention": samples.convention,
     }
 
 
-def score(path, sampler, known, *, scorer, samples, world):
-    """Return the line of scores of the checkpoint `path`. Each process draws its share of samples.
+def score(sampler, known, *, scorer, samples, world):
+    """Return the line of scores of a Sampler. Each process draws its share of samples.
 
     known: lines that there are. If one has the same facts, return it and draw nothing.
     """
-    about = describe(path, sampler, scorer, samples, world.device)
+    about = describe(sampler, scorer, samples, world.device)
+    runtime.agree(about, "weights or references")
 
     def facts(line):  # wherever the file lay
         digest = str(line.get("weights")).rpartition(" ")[2]
         return {k: line.get(k) for k in about} | {"weights": digest}
 
     for line in known:
-        if facts(line) == facts(about):
+        if sampler.weights and facts(line) == facts(about):
             return line
     chosen = dict(uniform=samples.uniform, seed=samples.seed)
-    labels = choose_labels(samples.count, samples.classes, len(sampler.classes), **chosen)
+    labels = choose_labels(samples.count, samples.classes, sampler.classes, **chosen)
     drawn = draw_images(sampler, labels, world, steps=samples.steps, seed=samples.seed)
     batches = (images for _, images in drawn)
     return scores(*collect(batches, scorer.features), scorer) | about
@@ -334,18 +335,22 @@ def score(path, sampler, known, *, scorer, samples, world):
 
 def score_checkpoints(paths, omega, interval, ref, inception, samples, known, world):
     """Yield the line of scores of each checkpoint. omega, interval: as of choose_guidance."""
-    scorer = None
-    options = dict(steps=samples.steps, convention=samples.convention)
-    options |= dict(vae=samples.vae, scale=samples.scale)
+    scorer, gone = None, []
+    options = {k: getattr(samples, k) for k in ("steps", "vae", "scale", "convention")}
     for path in paths:
-        sampler = open_sampler(path, world.device, **options)
-        sampler = choose_guidance(path, sampler, omega, interval)
-        shape = image_shape(sampler.kind, sampler.shape)
+        if not all(runtime.all_gather(path.is_file())):
+            gone.append(str(path))
+            continue
+        sampler = weights.open_sampler(path, world.device, **options)
+        sampler = weights.choose_guidance(path, sampler, omega, interval)
+        shape = weights.image_shape(sampler.kind, sampler.shape)
         scorer = scorer or load_scorer(ref, inception, shape, world)
         if shape != scorer.shape:
             hint = "score it in another command"
             raise ValueError(f"{path} makes images of {shape}, not {scorer.shape}: {hint}")
-        yield score(path, sampler, known, scorer=scorer, samples=samples, world=world)
+        yield score(sampler, known, scorer=scorer, samples=samples, world=world)
+    if gone:
+        raise FileNotFoundError(f"{', '.join(gone)} is gone: only the others have scores")
 
 
 def list_checkpoints(paths, every):
@@ -354,11 +359,10 @@ def list_checkpoints(paths, every):
     if not any(map(os.path.isdir, paths)):
         runtime.refuse("without a run's folder", every=every)
     for path in paths:
-        saves = checkpoints(path, "ema").values() if every else []
-        found += saves or [find_checkpoint(path)]
-    for path in found:
-        if not path.is_file():
-            raise FileNotFoundError(f"{path} is not a file: {WEIGHTS}")
+        saves = weights.checkpoints(path, "ema").values() if every else []
+        found += saves or [weights.find_checkpoint(path)]
+    if missing := [path for path in found if not path.is_file()]:
+        raise FileNotFoundError(f"{missing[0]} is not a file: {weights.WEIGHTS}")
     return found
 
 
@@ -393,9 +397,11 @@ def plot(folders, path):
         if not Path(folder, "log.jsonl").is_file():
             raise FileNotFoundError(f"{folder} holds no log.jsonl: give the folder of a run")
         lines = runtime.read_lines(Path(folder, "log.jsonl"))[1:]
-        logs[str(folder)] = [line for line in lines if {"step", "grad_norm"} <= line.keys()]
+        label = runtime.printable(str(folder)).replace("$", r"\$")  # which begins a formula
+        logs[label] = [line for line in lines if {"step", "grad_norm"} <= line.keys()]
     names = dict.fromkeys(k for lines in logs.values() for line in lines for k in line)
-    names = [k for k in names if k.startswith("raw_") and not k.endswith("_by_t")] + ["grad_norm"]
+    names = [k for k in names if k.startswith("raw_") and k[-5:] != "_by_t" and k.isidentifier()]
+    names = names[:8] + ["grad_norm"]  # a damaged log may hold any
     figure = Figure((4.2 * len(names), 3.4), layout="constrained")
     for name, axes in zip(names, figure.subplots(1, len(names), squeeze=False)[0]):
         for label, lines in logs.items():
@@ -413,7 +419,8 @@ def draw_line(axes, lines, name, label, k=None, **style):
     """Draw the values of this name, or their k-th parts, by step; what is no number is a gap."""
 
     def number(value):
-        return float(value) if isinstance(value, int | float) and value else math.nan
+        known = isinstance(value, int | float) and 1e-99 < abs(value) < 1e99
+        return float(value) if known else math.nan
 
     values = [line.get(name) for line in lines]
     if k is not None:
@@ -432,14 +439,14 @@ def parse_arguments(argv):
     add("what", nargs="+", help="checkpoints (runs' folders or files of weights), or IMAGES")
     add("--ref", help="compare with this: images, or an .npz of statistics")
     add("--inception", help="pt_inception-2015-12-05-6726825d.pth (default: raw pixels)")
-    count = "samples (default: 50000), or images (default: all)"
+    count = "samples (default: 50000), or images, of classes in turn (default: all)"
     add("--count", type=runtime.number(int, 2), help=count)
     add("--out", type=Path, help="a file to append the lines to")
-    add("--save-stats", type=Path, help="the .npz to write mean and covariance of IMAGES to")
+    add("--save-stats", type=Path, help="the new .npz for mean and covariance of IMAGES")
     add("--plot", type=Path, help="the picture to draw the logs of runs in, instead of scores")
     add("--every", action="store_true", help="score every save of a run (default: the last)")
     add_sampling(add)
-    add("--omega", type=float, help="an iMF's guidance")
+    add("--omega", type=runtime.number(float, 0), help="an iMF's guidance")
     args = arguments.parse_args(argv)
     flags, first = vars(args), args.what[0]
     if args.plot:
@@ -456,17 +463,21 @@ def parse_arguments(argv):
         raise ValueError("nothing to do: give --ref or, for images, --save-stats, or both")
     if not args.ref:
         runtime.refuse("without --ref", out=args.out)
-    for name, path in (("save-stats", args.save_stats), ("out", args.out)):
-        if path and (path.is_dir() or not path.parent.is_dir()):
-            raise ValueError(f"--{name} {path}: give a file in a folder that exists")
+    for name, path, kind in (
+        ("save-stats", args.save_stats, "new file"),
+        ("out", args.out, "file"),
+    ):
+        free = path and (not os.path.lexists(path) or kind == "file" and path.is_file())
+        if path and not (free and path.parent.is_dir()):
+            raise ValueError(f"--{name} {path}: give a {kind} in a folder that exists")
     return args
 
 
 def is_images(path):
     """Return whether `path` is IMAGES, and not a checkpoint."""
     if os.path.isdir(path):
-        return not (checkpoints(path, "ema") or Path(path, "log.jsonl").exists())
-    return path == "digits" or Path(path).suffix == ".npz"
+        return not (weights.checkpoints(path, "ema") or Path(path, "log.jsonl").exists())
+    return path == "digits" or Path(path).suffix.lower() == ".npz"
 
 
 def score_images(path, ref, inception, count, save_stats, world):
@@ -480,7 +491,7 @@ def score_images(path, ref, inception, count, save_stats, world):
     state, logits = measure(path, features, world, count, keep_logits=bool(ref))
     if save_stats and world.rank == 0:
         mean, covariance = fid.statistics(state)
-        with runtime.atomic_write(save_stats) as temporary, open(temporary, "wb") as file:
+        with runtime.atomic_write(save_stats, new=True) as temporary, open(temporary, "wb") as file:
             np.savez(file, mu=mean.numpy(), sigma=covariance.numpy())
     return [scores(state, logits, scorer) | scorer.about | {"images": path}] if ref else []
 
@@ -495,17 +506,9 @@ def main(argv, world):
     if is_images(args.what[0]):
         lines = score_images(args.what[0], ref, inception, args.count, args.save_stats, world)
     else:
-        samples = Samples(
-            count=args.count or 50_000,
-            classes=args.classes,
-            uniform=args.uniform,
-            steps=args.steps or 1,
-            seed=args.seed or 0,
-            vae=args.vae,
-            scale=args.scale,
-            convention=args.convention,
-        )
-        paths, chosen = list_checkpoints(args.what, args.every), (args.omega, args.interval)
+        given = {k: v for k, v in vars(args).items() if k in Samples._fields and v is not None}
+        samples, chosen = Samples(**given), (args.omega, args.interval)
+        paths = runtime.all_gather(list_checkpoints(args.what, args.every))[0]
         lines = score_checkpoints(paths, *chosen, ref, inception, samples, known, world)
     for line in lines:
         runtime.say(json.dumps(line))

@@ -1,4 +1,4 @@
-"""FID: Inception-v3's features, streaming statistics, Fréchet distance, Inception score.
+"""FID: Inception-v3's features, streaming statistics, their distance, Inception score.
 
     python fid.py     print the layers of Inception and their parameters
 
@@ -14,7 +14,6 @@ import os
 import re
 from contextlib import contextmanager
 from functools import reduce
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -144,7 +143,7 @@ def fold(tensors):
 def load_inception(path):
     """Return the parameters for `inception`, {name: float32 tensor}, and the file's sha256 in hex.
 
-    path: the published file, told by its checksum, or a .safetensors file of float32 tensors with
+    path: the published file, told by its checksum, or a safetensors file of float32 tensors with
     its names and shapes. No other pickle is opened. Raises FileNotFoundError or ValueError.
     """
     fetch = f"fetch {INCEPTION}"
@@ -154,13 +153,11 @@ def load_inception(path):
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     if digest == INCEPTION_SHA256:
         return fold(torch.load(path, map_location="cpu", weights_only=True)), digest
-    if Path(path).suffix != ".safetensors":
-        found = f"sha256 {digest[:8]}..., not the published {INCEPTION_SHA256[:8]}..."
-        raise ValueError(f"{path} has {found}: {fetch}, or give weights as .safetensors")
     try:
         tensors = load_file(path)
     except SafetensorError as error:
-        raise ValueError(f"{path} is not a whole safetensors file ({error}): {fetch}") from None
+        found = f"sha256 {digest[:8]}..., not the published {INCEPTION_SHA256[:8]}..."
+        raise ValueError(f"{path} has {found}, and is no safetensors ({error}): {fetch}") from None
     found = {k: (p.dtype, *p.shape) for k, p in tensors.items() if "num_batches" not in k}
     wanted = {name: (torch.float32, *shape) for name, shape in inception_shapes().items()}
     for name in wanted | found:
@@ -271,9 +268,11 @@ def merge(a, b):
     """Return the statistics of the items of both, (count, mean (d,), scatter (d, d)) each.
 
     A scatter is about its own mean, and the means are combined (Chan, Golub, LeVeque 1983), so a
-    large common offset costs no digits.
+    large common offset costs no digits. Raises ValueError if they have other numbers of features.
     """
     (n, mean, scatter), (m, other, more) = a, b
+    if mean.shape != other.shape:
+        raise ValueError(f"items have {len(mean)} and {len(other)} features: give as many of each")
     shift, total = other - mean, n + m
     scatter = scatter + more + shift.outer(shift) * (n * m / total)
     return total, mean + shift * (m / total), scatter
@@ -281,6 +280,8 @@ def merge(a, b):
 
 def accumulate(state, features):
     """Add features, (n, d), to running statistics as `merge` takes them, float64, or None."""
+    if features.ndim != 2 or 0 in features.shape:
+        raise ValueError(f"features are {tuple(features.shape)}: give (n, d), neither of them 0")
     features = features.double()
     mean = features.mean(0)
     centred = features - mean
@@ -296,25 +297,29 @@ def statistics(state):
     return mean, scatter / (count - 1)
 
 
+def root(sigma):
+    """Return A (d, rank) with A A^T = sigma, symmetric (d, d) float64. Raise ValueError if that has
+    an eigenvalue too far below 0 for rounding: float32 made -1e-8 of their sum, float16 -4e-6."""
+    values, vectors = torch.linalg.eigh(sigma)
+    if values[0] < -1e-6 * values.sum():
+        raise ValueError(f"no covariance has an eigenvalue {values[0]:.3g}: compute it anew")
+    kept = values > values[-1] * len(values) * torch.finfo(torch.float64).eps
+    return vectors[:, kept] * values[kept].sqrt()
+
+
 def frechet_distance(mu1, sigma1, mu2, sigma2):
     """Return |mu1 - mu2|^2 + tr(sigma1 + sigma2 - 2 (sigma1 sigma2)^(1/2)), float64 and >= 0.
 
-    mu: (d,); sigma: (d, d) symmetric positive semi-definite, of any rank. The trace of the square
-    root is the sum of the singular values of A^T B, where A A^T = sigma1 and B B^T = sigma2. Square
-    roots of their product's eigenvalues would turn a rounding error of 1e-16 into 1e-8 in every
-    direction that a covariance lacks.
+    mu: (d,); sigma: (d, d) as of `root`. The trace of the square root is the sum of the singular
+    values of A^T B, where A A^T = sigma1 and B B^T = sigma2. Square roots of their product's
+    eigenvalues would turn a rounding error of 1e-16 into 1e-8 in every direction that one lacks.
     """
-
-    def root(sigma):
-        values, vectors = torch.linalg.eigh(sigma)
-        rounding = values[-1] * len(values) * torch.finfo(torch.float64).eps
-        kept = values > rounding
-        return vectors[:, kept] * values[kept].sqrt()
-
     mu1, sigma1, mu2, sigma2 = (s.double() for s in (mu1, sigma1, mu2, sigma2))
+    shapes = [tuple(s.shape) for s in (mu1, sigma1, mu2, sigma2)]
+    if shapes != 2 * [(d := mu1.numel(),), (d, d)]:
+        raise ValueError(f"statistics are {shapes}: give (d,), (d, d), (d,), (d, d)")
     cross = torch.linalg.svdvals(root(sigma1).T @ root(sigma2)).sum()
-    traces = sigma1.trace() + sigma2.trace()
-    return ((mu1 - mu2).square().sum() + traces - 2 * cross).clamp(min=0)
+    return ((mu1 - mu2).square().sum() + sigma1.trace() + sigma2.trace() - 2 * cross).clamp(min=0)
 
 
 def nearest(features, reals, *, exclude_self=False):

@@ -205,9 +205,9 @@ def mlp(params, name, x):
 
 def block_params(params, kind="blocks"):
     """Return the parameters of each block, [{name without "blocks.i.": tensor}]."""
-    first = f"{kind}.0."
-    names = [name.removeprefix(first) for name in params if name.startswith(first)]
-    count = sum(name.startswith(f"{kind}.") for name in params) // max(1, len(names))
+    parts = [name.split(".", 2) for name in params if name.startswith(f"{kind}.")]
+    names = dict.fromkeys(name for _, _, name in parts)  # which every block must have
+    count = len({i for _, i, _ in parts})
     return [{k: params[f"{kind}.{i}.{k}"] for k in names} for i in range(count)]
 
 

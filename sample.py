@@ -12,7 +12,9 @@ checkpoint is a run's folder, or a file of weights: of an iMF, or with DiT's nam
 """
 
 import math
+import os
 import zipfile
+from contextlib import nullcontext
 from io import BytesIO
 from pathlib import Path
 
@@ -59,26 +61,24 @@ def generate(sampler, y, *, steps=1, seed=0, indices=None, batch=500):
 def to_uint8(x, sampler):
     """Return a Sampler's samples as images, (n, channels, H, W) uint8.
 
-    Without a VAE, the first three channels of latents are shown as colours.
+    Without a VAE, the first three channels of latents are shown as colours. Raises ValueError if a
+    value is not finite.
     """
     if sampler.kind == "latents":
         latents = x / sampler.scale + sampler.shift
         x = x[:, :3] / 3 if sampler.vae is None else decode(sampler.vae, latents)
+    if not x.isfinite().all():
+        raise ValueError("samples have values that are not finite: give an earlier save")
     return ((x + 1) * 127.5).round().clamp(0, 255).byte()
 
 
 def draw_images(sampler, labels, world, *, steps=1, seed=0):
-    """Yield this process's share of one image per label, as (indices, uint8 (n, C, H, W)).
-
-    Raises ValueError if a sample is not finite.
-    """
+    """Yield this process's share of one image per label, as (indices, uint8 (n, C, H, W))."""
     mine = range(world.rank, len(labels), world.size)
     chunks = [mine[k : k + 100] for k in range(0, len(mine), 100)]
     with tqdm(total=len(mine), unit=" images", leave=False, disable=world.rank > 0) as progress:
         for indices in chunks:
             x = generate(sampler, labels[list(indices)], steps=steps, seed=seed, indices=indices)
-            if not x.isfinite().all():
-                raise ValueError("samples have values that are not finite: give an earlier save")
             yield indices, to_uint8(x, sampler)
             progress.update(len(indices))
 
@@ -123,38 +123,36 @@ def write_npz(path, images, shape, world):
     header, about = BytesIO(), {"descr": "|u1", "fortran_order": False, "shape": shape}
     np.lib.format.write_array_header_1_0(header, about)
     start, size = len(header.getvalue()), math.prod(shape[1:])
-    part = path.with_name(f"{runtime.TEMPORARY}{path.stem}.npy")  # memory may not hold all
-    try:
-        if world.rank == 0:
-            path.parent.mkdir(parents=True, exist_ok=True)
+    with runtime.atomic_write(path, new=True) if world.rank == 0 else nullcontext() as temporary:
+        part = temporary and temporary.with_suffix(".npy")  # memory may not hold all
+        if part:
             part.write_bytes(header.getvalue())
-        runtime.barrier()
-        with open(part, "rb+") as file:
+        with open(runtime.all_gather(part)[0], "rb+") as file:
             for i, image in images:
                 file.seek(start + i * size)
                 file.write(image.expand(3, -1, -1).permute(1, 2, 0).cpu().numpy().tobytes())
         runtime.barrier()
-        if world.rank == 0:
-            with runtime.atomic_write(path) as temporary, zipfile.ZipFile(temporary, "w") as file:
+        if part:
+            with zipfile.ZipFile(temporary, "w") as file:
                 file.write(part, "arr_0.npy")
-    except OSError as error:
-        raise OSError(f"{path} cannot be written ({error}): make room, or give another") from None
-    finally:
-        if world.rank == 0:
-            part.unlink(missing_ok=True)
 
 
 def write_images(path, sampler, labels, world, *, steps=1, seed=0):
     """Write an image per label to a folder or an .npz, of which each process draws its share."""
-    runtime.barrier()  # before one process writes to `path`, which the others check
     drawn = draw_images(sampler, labels, world, steps=steps, seed=seed)
     images = ((i, image) for indices, part in drawn for i, image in zip(indices, part))
-    if path.suffix == ".npz":
+    if path.suffix.lower() == ".npz":
+        path.parent.mkdir(parents=True, exist_ok=True)
         _, *sides = image_shape(sampler.kind, sampler.shape)
-        write_npz(path, images, (len(labels), *sides, 3), world)
-        return
+        return write_npz(path, images, (len(labels), *sides, 3), world)
+    if world.rank == 0 and path.is_dir() and set(os.listdir(path)) - {".lock"}:
+        raise ValueError(f"--images {path} is not empty: choose another folder")
+    lock = runtime.lock_folder(path) if world.rank == 0 else None
+    runtime.barrier()
     for i, image in images:
         save_grid(image[None], path / f"{i:06}.png", gap=0, enlarged=0)
+    if lock:
+        lock.release()
 
 
 # --- the command line ---
@@ -162,11 +160,11 @@ def write_images(path, sampler, labels, world, *, steps=1, seed=0):
 
 def add_sampling(add):
     """Add the flags that say what is drawn from a checkpoint, and how."""
-    whole = runtime.numbers(int, "as 3,1,4")
-    add("--classes", type=whole, help="their numbers, separated by commas (default: all, in turn)")
+    add("--classes", type=lambda text: text.split(","), help="as 3,1,4, or names (default: all)")
     add("--uniform", action="store_true", help="draw classes at random (default: in turn)")
     add("--steps", type=runtime.number(int, 1), help="evaluations of the network (default: 1)")
-    add("--seed", type=int, help="of the noise and of drawn classes (default: 0)")
+    seed = runtime.number(int, -(2**63), 2**63 - 1)
+    add("--seed", type=seed, help="of the noise and of drawn classes (default: 0)")
     add("--vae", help="sd-vae-ft-mse's file, which decodes latents (see vae.py)")
     add("--scale", type=runtime.number(float, 0), help=f"of latents, if not {SCALE}")
     what = "; ".join(f"{name}: {meaning}" for name, meaning in CONVENTIONS.items())
@@ -175,19 +173,32 @@ def add_sampling(add):
     add("--interval", type=times, metavar="LOW,HIGH", help="times between which guidance acts")
 
 
-def choose_labels(count, classes, known, *, uniform=False, seed=0):
-    """Return the labels, (count,) int64, of samples of these class numbers, or of all `known`.
+def choose_labels(count, classes, names, *, uniform=False, seed=0):
+    """Return the labels, (count,) int64, of samples of these classes, or of all.
 
-    They take turns, or are drawn if `uniform`. Raises ValueError for a number out of range.
+    classes: words, each a class's name or else its number; `names` has the names of all. They take
+    turns, or are drawn if `uniform`. Raises ValueError for a word that is neither.
     """
-    classes = classes or range(known)
-    if bad := [c for c in classes if not 0 <= c < known]:
-        raise ValueError(f"class {bad[0]} is out of range: give classes from 0 to {known - 1}")
-    places = torch.arange(count) % len(classes)
+    known = {str(k): k for k in range(len(names))} | {name: k for k, name in enumerate(names)}
+    if unknown := [word for word in classes or [] if word not in known]:
+        hint = f"give a class's name or a number from 0 to {len(names) - 1}"
+        raise ValueError(f'class "{unknown[0]}" is unknown: {hint}')
+    chosen = torch.tensor([known[word] for word in classes] if classes else range(len(names)))
+    places = torch.arange(count) % len(chosen)
     if uniform:
         g = runtime.generator(seed, "classes", 0)
-        places = torch.randint(len(classes), (count,), generator=g)
-    return torch.tensor(classes)[places]
+        places = torch.randint(len(chosen), (count,), generator=g)
+    return chosen[places]
+
+
+def describe_classes(classes, names):
+    """Return what these words chose: numbers, and names that are other words."""
+    told = []
+    for word, k in zip(classes, choose_labels(len(classes), classes, names).tolist()):
+        others = [name for j, name in enumerate(names) if str(j) == word != str(k)]
+        told.append(str(k) if names[k] == str(k) else f'{k} "{names[k]}"')
+        told[-1] += "".join(f' (number {word} is "{other}")' for other in others)
+    return f"classes {', '.join(told)}"
 
 
 def parse_arguments(argv):
@@ -203,8 +214,6 @@ def parse_arguments(argv):
     args = arguments.parse_args(argv)
     if args.images:
         runtime.refuse("with --images", out=args.out)
-        if args.images.is_file() or args.images.is_dir() and any(args.images.iterdir()):
-            raise ValueError(f"--images {args.images} already exists: give another name")
         if args.omega and len(args.omega) > 1:
             raise ValueError("--omega takes one number with --images: leave out the others")
     else:
@@ -222,19 +231,19 @@ def main(argv, world):
         choose_guidance(args.checkpoint, sampler, omega, args.interval)
         for omega in args.omega or [None]
     ]
-    known, options = len(sampler.classes), dict(steps=steps, seed=seed)
+    names, options = sampler.classes, dict(steps=steps, seed=seed)
+    chosen = f": {describe_classes(args.classes, names)}" if args.classes else ""
     if args.images:
-        labels = choose_labels(
-            args.count or 50_000, args.classes, known, uniform=args.uniform, seed=seed
-        )
+        chance = dict(uniform=args.uniform, seed=seed)
+        labels = choose_labels(args.count or 50_000, args.classes, names, **chance)
         write_images(args.images, samplers[0], labels, world, **options)
-        runtime.say(args.images)
+        runtime.say(f"{args.images}{chosen}")
     elif world.rank == 0:
-        labels = choose_labels(len(args.classes or range(10)), args.classes, known)
+        labels = choose_labels(len(args.classes or range(10)), args.classes, names)
         x = torch.cat([generate(sampler, labels, **options) for sampler in samplers])
         columns = len(labels) if len(samplers) > 1 else 10
         save_grid(to_uint8(x, sampler), out, columns=columns)
-        runtime.say(out)
+        runtime.say(f"{out}{chosen}")
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@
     torchrun --nproc-per-node 8 train.py --size XL --data data/imagenet       on eight GPUs
 
 The same command continues a stopped run from its last save, with any number of processes. SIGTERM
-or Ctrl-C makes it save, without grid and scores, and end. The run's folder holds
+or Ctrl-C makes it save, without grid and scores, and end; a second one ends it. Its folder holds
 
     ema-STEP.safetensors      averaged weights, for sample.py: the last two and every 50,000th step
     state-STEP.safetensors    weights and Adam's moments, to continue from: the last two saves
@@ -21,13 +21,15 @@ or Ctrl-C makes it save, without grid and scores, and end. The run's folder hold
 import argparse
 import json
 import math
+import os
 import sys
 import time
 from datetime import timedelta
 from functools import partial
 from itertools import count
 from pathlib import Path
-from typing import NamedTuple, TextIO
+from threading import Event
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -139,9 +141,8 @@ def parallel(objective, world):
         return objective
     # Otherwise the compiler cuts graphs where DDP's buckets end, and loses no_grad at the cuts.
     torch._dynamo.config.optimize_ddp = False
-    group = None
-    if world.device.type == "cuda":  # others wait while the first saves
-        group = dist.new_group(backend="nccl", timeout=timedelta(minutes=30))
+    wait = timedelta(minutes=30)  # of the others, while the first saves
+    group = dist.new_group(backend="nccl", timeout=wait) if world.device.type == "cuda" else None
     return DistributedDataParallel(objective, process_group=group, gradient_as_bucket_view=True)
 
 
@@ -182,44 +183,33 @@ def saved_tensors(state):
 
 
 def read_log(folder, step, run):
-    """Return the lines of log.jsonl up to `step`. Raise ValueError if they are another run's."""
+    """Return the lines of log.jsonl up to `step`, or just `run` if nothing was ever saved. Raise
+    ValueError if they are another run's, or no run's."""
     path = folder / "log.jsonl"
-    if not path.exists():
-        if step:
-            raise ValueError(f"{folder} has saves, but no log.jsonl: choose another --out")
-        return [json.dumps(run)]
-    first, *rest = path.read_text(errors="replace").splitlines() or [""]
-    try:
-        before = dict(json.loads(first))
-        # A line cut short by a kill is later than any save.
-        rest = [line for line in rest if line.endswith("}")]
-        rest = [line for line in rest if json.loads(line).get("step", 0) <= step]
-    except (ValueError, TypeError, AttributeError):
-        raise ValueError(f"{path} is not the log of a run: choose another --out") from None
-    for key in run:
-        free = key in ("steps", "warmup", "precision", "commit", "torch")
-        if not free and before.get(key) != run[key]:
-            found = f"{key} {before.get(key)}, not {run[key]}"
-            raise ValueError(f"{folder} holds a run with {found}: choose another --out")
-    return [first, *rest]
+    saved = step or weights.orphans(folder) or (folder / "curve.png").exists()
+    first, *rest = runtime.read_lines(path) or [{}]
+    if not saved and (first.keys() >= set(Plan._fields) or not os.path.lexists(path)):
+        return [json.dumps(run)]  # an earlier try may have failed before its first save
+    if not saved or not first:
+        raise ValueError(f"{path} is missing, or not the log of a run: choose another --out")
+    weights.check_run(folder, first, run)
+    kept = [line for line in rest if isinstance(k := line.get("step", 0), int) and k <= step]
+    return [json.dumps(line) for line in [first, *kept]]
 
 
-def open_log(folder, start, lines):
-    """Return log.jsonl, rewritten with these lines and open to append. Lock its folder.
-
-    Raises ValueError if it holds averaged weights that the run would write again.
-    """
+def begin_log(folder, start, lines):
+    """Lock the folder, write these lines to its log.jsonl and return the lock. Raise ValueError if
+    there are averaged weights that the run would write again."""
     lock = runtime.lock_folder(folder)
     last = max(checkpoints(folder, "ema"), default=0)
     if last > start:
         lock.release()
         where = f"{checkpoint(folder, 'ema', last)} is later than the save to continue from"
         raise ValueError(f"{where}, step {start}: move it elsewhere, or choose another --out")
+    runtime.sweep(folder)
     with runtime.atomic_write(folder / "log.jsonl") as temporary:
         temporary.write_text("".join(f"{line}\n" for line in lines))
-    log = (folder / "log.jsonl").open("a", buffering=1)
-    log.lock = lock
-    return log
+    return lock
 
 
 # --- what is watched ---
@@ -235,7 +225,7 @@ class Run(NamedTuple):
     sampler: Sampler  # of the averaged weights
     method: Method
     metadata: dict  # what checkpoints say of themselves
-    log: TextIO | None  # of the first process alone
+    lock: object | None  # the folder's, in the first process alone, which writes to it
     world: runtime.World
 
 
@@ -264,18 +254,12 @@ def log_means(run, history, grad_norm, rate):
     watched |= {f"raw_{name}": (error, t >= 0) for name, error in more}  # all rows
     quarter = (4 * t).long().clamp(max=3)
     means = {name: mean(error[rows]) for name, (error, rows) in watched.items()}
-    line = {
-        "step": int(step.max()),
-        "loss": mean(loss),
-        **means,
-        "grad_norm": grad_norm,
-        "images_per_second": round(rate, 1),
-        "time": round(time.time(), 3),
-    }
+    line = {"step": int(step.max()), "loss": mean(loss), **means, "grad_norm": grad_norm}
+    line |= {"images_per_second": round(rate, 1), "time": round(time.time(), 3)}
     for name, (error, rows) in watched.items():
         line[f"{name}_by_t"] = [mean(error[rows & (quarter == k)]) for k in range(4)]
-    if run.log:
-        run.log.write(json.dumps(line) + "\n")
+    if run.lock:
+        runtime.append_line(run.folder / "log.jsonl", line)
     shown = (*means, "grad_norm", "images_per_second")
     return {name: f"{line[name]:.4g}" for name in shown if line[name] is not None}
 
@@ -283,20 +267,19 @@ def log_means(run, history, grad_norm, rate):
 def log_scores(run, score, since=0):
     """Write the scores of each lasting save from step `since` on, and the run's last, if missing.
 
-    score(path, sampler, known) -> the line of a checkpoint, or the one of `known` that is it.
+    score(sampler, known) -> the line of a checkpoint, or the one of `known` that is it.
     """
     if score is None:
         return
-    known = runtime.read_lines(run.folder / "log.jsonl") if run.log else []
-    saves = checkpoints(run.folder, "ema") if run.log else {}
+    known, saves = runtime.read_lines(run.folder / "log.jsonl"), checkpoints(run.folder, "ema")
     known, saves = runtime.all_gather((known, saves))[0]
     for step, path in saves.items():
         if step >= since and (step % weights.LASTING == 0 or step == run.plan.steps):
-            params = runtime.read_tensors(path, "restore or delete it")[0]
+            params, _, identity = weights.read_weights(path)
             params = {name: p.to(run.world.device) for name, p in params.items()}
-            line = score(path, run.sampler._replace(params=params), known)
-            if run.log and line not in known:
-                run.log.write(json.dumps({"step": step} | line) + "\n")
+            line = score(run.sampler._replace(params=params, weights=identity), known)
+            if run.lock and line not in known:
+                runtime.append_line(run.folder / "log.jsonl", {"step": step} | line)
 
 
 # --- setting up ---
@@ -307,13 +290,13 @@ def find_start(folder, plan, parts):
     if plan.batch % parts:
         hint = "give a multiple of processes times --accumulate"
         raise ValueError(f"--batch {plan.batch} is not divisible by {parts}: {hint}")
-    starts = runtime.all_gather(weights.newest(folder))
-    if len(set(starts)) > 1:
-        raise ValueError(f"processes see saves of steps {starts}: put --out on a shared disk")
-    if starts[0] > plan.steps:
-        hint = f"give --steps {starts[0]} or more, or another --out"
-        raise ValueError(f"{folder} holds a run of {starts[0]} steps: {hint}")
-    return starts[0]
+    start = weights.newest(folder)
+    runtime.agree(start, f"saves in {folder}")
+    if start > plan.steps:
+        raise ValueError(f"{folder} holds a run of {start} steps: give --steps {start} or more")
+    for path in weights.orphans(folder):
+        runtime.say(f"{path} is half a save: going on from step {start}", file=sys.stderr)
+    return start
 
 
 def begin(method, plan, device):
@@ -331,37 +314,51 @@ def begin(method, plan, device):
 
 def open_run(method, dataset, plan, folder, start, world, *, vae, about):
     """Return the Run at step `start`. Write nothing before all processes are ready."""
-    kind, classes, shape = dataset.kind, dataset.classes, dataset.shape
+    facts = dataset.classes, dataset.kind, dataset.shape, method.guidance
     run = about | plan._asdict() | {"data": dataset.name, "commit": runtime.commit()}
     run = json.loads(json.dumps(run | {"torch": torch.__version__}))  # with lists, as in the log
     lines, state = read_log(folder, start, run), begin(method, plan, world.device)
-    about = {"kind": kind, "classes": json.dumps(classes), "run": json.dumps(run)}
-    about |= {"model": f"{method.name}, averaged weights"} | method.metadata
-    if kind in data.TENSOR:
-        about["resolution"] = str(image_shape(kind, shape)[-1])
+    about = {"kind": dataset.kind, "classes": json.dumps(dataset.classes), "vae": dataset.vae}
+    about |= {"run": json.dumps(run), "model": f"{method.name}, averaged weights"} | method.metadata
+    if dataset.kind in data.TENSOR:
+        _, height, width = image_shape(dataset.kind, dataset.shape)
+        about["resolution"] = str(height) if height == width else f"{height}x{width}"
     if start:
-        weights.restore(folder, start, saved_tensors(state))
+        weights.restore(folder, start, saved_tensors(state), run)
     latents = (torch.as_tensor(a, device=world.device) for a in method.latents)
     runtime.barrier()
-    log = open_log(folder, start, lines) if world.rank == 0 else None
-    sampler = Sampler(state.ema, method.net, classes, kind, shape, method.guidance, *latents, vae)
-    return Run(folder, dataset, plan, state, sampler, method, about, log, world)
+    lock = begin_log(folder, start, lines) if world.rank == 0 else None
+    sampler = Sampler(state.ema, method.net, *facts, *latents, vae, vae_sha256=dataset.vae)
+    return Run(folder, dataset, plan, state, sampler, method, about, lock, world)
 
 
 # --- training ---
 
 
+def draw(run, step, skip_grid=False):
+    """Draw the curve and, unless skipped, samples of always the same noise. Say which fail."""
+
+    def draw_grid(path):
+        x = sample.generate(run.sampler, sample.choose_shown(run.dataset))
+        sample.save_grid(sample.to_uint8(x, run.sampler), path)
+
+    pictures = {run.folder / "curve.png": partial(evaluate.plot, [run.folder])}
+    if run.dataset.kind in data.TENSOR and not skip_grid:
+        pictures[run.folder / f"grid-{step:08}.png"] = draw_grid
+    for path, write in pictures.items():
+        try:
+            write(path)
+        except Exception as error:  # for whatever reason: training is worth more
+            runtime.say(f"{path} is left out: {runtime.reason(error)}", file=sys.stderr)
+
+
 def save(run, step, skip_grid):
-    """Write one-step samples, always from the same noise, unless skipped, the curve and the
-    checkpoint. Raise ValueError, and write nothing, if a weight is not finite."""
+    """Write the checkpoint, then pictures. Raise ValueError before if a weight is not finite."""
     if not all(p.isfinite().all() for p in run.state.params.values()):
         last = weights.last_good(run.folder)
         raise ValueError(f"the weights are not finite after step {step}; {last}")
-    if not skip_grid and run.dataset.kind in data.TENSOR:
-        x = sample.generate(run.sampler, sample.choose_shown(run.dataset))
-        sample.save_grid(sample.to_uint8(x, run.sampler), run.folder / f"grid-{step:08}.png")
-    evaluate.plot([run.folder], run.folder / "curve.png")
     weights.save_checkpoint(run.folder, step, saved_tensors(run.state), run.metadata)
+    draw(run, step, skip_grid)
 
 
 def add_gradients(objective, parts):
@@ -396,12 +393,11 @@ def is_due(step, last, every, share, world):
     """Return whether to save after this step, if saves took this share of the time so far."""
     if step % weights.LASTING == 0 or step == last:
         return True
-    if step % (every or SAVE_EVERY):
-        return False
-    return any(runtime.all_gather(world.rank == 0 and bool(every or share <= SAVE_SHARE)))
+    due = world.rank == 0 and bool(every or share <= SAVE_SHARE)
+    return step % (every or SAVE_EVERY) == 0 and any(runtime.all_gather(due))
 
 
-def loop(run, objective, batches, start, every, stopping, after_save):
+def loop(run, objective, batches, start, every, stopping, score):
     """Train from step `start` on. Return the last step, and whether `stopping` was set before."""
     state, plan, world, history, in_saves = run.state, run.plan, run.world, [], 0.0
     interval = 0.1 if sys.stderr.isatty() else 60  # seconds between lines in a scheduler's file
@@ -420,13 +416,14 @@ def loop(run, objective, batches, start, every, stopping, after_save):
             progress.set_postfix(line, refresh=sys.stderr.isatty())
             history.clear()
             clock = time.monotonic()
-            if saving and run.log:
+        if saving:
+            if run.lock:
                 save(run, step, skip_grid=stopped and step < plan.steps)
-                in_saves += time.monotonic() - clock
-            if stopped:
+            in_saves += time.monotonic() - clock
+            if any(runtime.all_gather(stopping.is_set())):
                 return step, True
-            if saving:
-                after_save(since=step)
+            with runtime.signals(runtime.interrupt, "ending"):  # scores may take hours
+                log_scores(run, score, since=step)
             clock = time.monotonic()
     return plan.steps, False
 
@@ -439,29 +436,32 @@ def fit(
 
     world: from runtime.launch, in each process's main thread. about: what the log's first line says
     besides, by which a run is known. parts: in which a process computes its rows, if memory is
-    short. every: steps between saves. vae: draws grids of latents. score(path, sampler, known): as
+    short. every: steps between saves. vae: draws grids of latents. score(sampler, known): as
     evaluate.score, for lasting saves and the last. Raises ValueError or OSError, with one line.
     """
     folder, about = Path(folder), about or {"method": method.name}
     dataset = dataset._replace(mirror=dataset.mirror and method.mirror)
+    runtime.agree([about, plan, dataset.name, every, score is None], "data or arguments")
     start = find_start(folder, plan, parts * world.size)
     run = open_run(method, dataset, plan, folder, start, world, vae=vae, about=about)
-    after_save = partial(log_scores, run, score)
     try:
-        after_save()
+        if run.lock and start and not (folder / f"grid-{start:08}.png").exists():
+            draw(run, start)  # a kill or a signal came before
+        log_scores(run, score)
         objective = parallel(Objective(method.loss, run.state.params, plan.precision), world)
         batches = stream(method, dataset, plan, start, world, parts)
-        with runtime.noted_signals() as stopping:
-            step, stopped = loop(run, objective, batches, start, every, stopping, after_save)
+        stopping = Event()
+        with runtime.signals(stopping.set, "saving, then ending"):
+            step, stopped = loop(run, objective, batches, start, every, stopping, score)
     finally:
-        if run.log:
-            run.log.close()
-            run.log.lock.release()
+        if run.lock:
+            run.lock.release()
     if stopped:
         runtime.say(f"stopped by a signal after step {step}, which is saved: run it again to go on")
-    elif run.log and dataset.kind in data.TENSOR:
-        print(folder / f"grid-{step:08}.png", folder / "curve.png")
-    return None if stopped else run.sampler
+        return None
+    pictures = folder / f"grid-{step:08}.png", folder / "curve.png"
+    runtime.say(*(path for path in pictures if path.exists()))
+    return run.sampler
 
 
 # --- the command line ---
@@ -469,7 +469,7 @@ def fit(
 
 def parse_arguments(argv):
     arguments = runtime.parser(__doc__)
-    add, whole = arguments.add_argument, runtime.number(int, 1)
+    add, whole = arguments.add_argument, runtime.number(int, 1, 99_999_999)  # as saves are named
     add("--size", default="T", help=f"{', '.join(RECIPES)}; /2 may be left out (default: T)")
     add("--data", help="what data.py wrote, or digits (default for T and iT; else data/imagenet)")
     add("--vae", help="its file, to decode grids (default: show a latent's first three channels)")
@@ -482,16 +482,13 @@ def parse_arguments(argv):
     add("--steps", type=whole, help="the last step of training (default: by the size of the data)")
     add("--batch", type=whole, help="images a step, over all processes (default: the recipe's)")
     add("--lr", type=runtime.number(float, 0), help="Adam's step size (default: the recipe's)")
-    guidance = "its two factors, for t in [T0, T1]; 1 0: none (default: the recipe's)"
-    options = dict(nargs="+", type=float, metavar=("OMEGA", "KAPPA"))
-    add("--guidance", **options, help=f"OMEGA KAPPA [T0 T1]: {guidance}")
-    floats = ("float32", "bfloat16")
-    add("--precision", choices=floats, help="of GEMMs (default: bfloat16 on a GPU, else float32)")
-    add("--seed", type=int, default=0)
+    guidance = "its factors [and times between which it acts]; 1 0: none (default: the recipe's)"
+    add("--guidance", nargs="+", type=float, metavar=("OMEGA KAPPA", "T0 T1"), help=guidance)
+    add("--precision", choices=("float32", "bfloat16"), help="of GEMMs (on a GPU: bfloat16)")
+    add("--seed", type=runtime.number(int, -(2**63), 2**63 - 1), default=0)
     saves = f"{SAVE_EVERY}, or so many more that saving takes {SAVE_SHARE:.0%} of the time"
     add("--save", type=whole, help=f"steps between saves (default: {saves})".replace("%", "%%"))
-    parts = "parts in which a process computes its rows, if memory is short (default: 1)"
-    add("--accumulate", type=whole, default=1, help=parts)
+    add("--accumulate", type=whole, default=1, help="parts of a batch, if memory is short")
     on_gpu = {"action": argparse.BooleanOptionalAction, "default": torch.cuda.is_available()}
     add("--compile", **on_gpu, help="compile the blocks (default: on a GPU)")
     args = arguments.parse_args(argv)
@@ -527,9 +524,8 @@ def choose_recipe(size, batch=None, lr=None, guidance=None):
     return name, recipe._replace(batch=batch or recipe.batch, lr=lr or recipe.lr)
 
 
-def load_dataset(name, size, vae, fid, world):
-    """Return the data set of this name. Raise ValueError unless it suits the size and the flags."""
-    dataset = data.load_data(name, world.rank, world.size)
+def check_dataset(dataset, name, size, vae, fid):
+    """Raise ValueError unless the data set of this name suits the size and the flags."""
     *_, patch = (model.SIZES | imf.SIZES)[size]
     if any(side % patch for side in dataset.shape[1:]):
         found = f"{name} holds {dataset.shape}, not divisible by patches of {patch}"
@@ -538,7 +534,6 @@ def load_dataset(name, size, vae, fid, world):
         runtime.refuse(f"as {name} holds pixels", vae=vae)
     if fid and not vae and dataset.kind == "latents":
         raise ValueError("--fid needs --vae, sd-vae-ft-mse's file, to decode latents")
-    return dataset
 
 
 def choose_guidance(recipe, name, classes, given):
@@ -552,11 +547,10 @@ def choose_guidance(recipe, name, classes, given):
 
 def announce(size, plan, dataset, guidance):
     """Print what will be trained, on what and for how long."""
-    images, classes = len(dataset.items), len(dataset.classes)
-    epochs = plan.steps * plan.batch / images
+    epochs = plan.steps * plan.batch / len(dataset.items)
     scale = f"scale {guidance[0] / (1 - guidance[1]):.3g}" if guidance else "scales drawn"
     growth = f", --lr grows for {plan.warmup:,} steps" if plan.warmup else ""
-    what = f"{size} on {images:,} images of {classes:,} classes"
+    what = f"{size} on {len(dataset.items):,} images of {len(dataset.classes):,} classes"
     length = f"{plan.steps:,} steps of {plan.batch} are {epochs:,.0f} epochs"
     runtime.say(f"{what}: {length}; guidance {scale}{growth}")
 
@@ -564,11 +558,13 @@ def announce(size, plan, dataset, guidance):
 def main(argv, world):
     args = parse_arguments(argv)
     size, recipe = choose_recipe(args.size, args.batch, args.lr, args.guidance)
-    name = args.data or ("digits" if size in ("T/2", "iT/2") else "data/imagenet")
-    folder = "digits" if (name, size) == ("digits", "T/2") else size.replace("/", "-")
-    folder = args.out or Path("runs", folder)
     precision = args.precision or ("bfloat16" if torch.cuda.is_available() else "float32")
-    dataset = load_dataset(name, size, args.vae, args.fid, world)
+    embedded = args.data is None and size in ("T/2", "iT/2")
+    name = "digits" if embedded else args.data or "data/imagenet"
+    dataset = data.digits() if embedded else data.load_data(name, world.rank, world.size)
+    check_dataset(dataset, name, size, args.vae, args.fid)
+    folder = "digits" if (dataset.name, size) == ("digits", "T/2") else size.replace("/", "-")
+    folder = args.out or Path("runs", folder)
     kind, shape, classes = dataset.kind, dataset.shape, dataset.classes
     guidance = choose_guidance(recipe, name, len(classes), args.guidance)
     plan = make_plan(recipe, len(dataset.items), args.steps, args.seed, precision)
@@ -585,7 +581,7 @@ def main(argv, world):
         taken = partial(weights.start_from, args.init, args.convention, classes, method.init)
         method = method._replace(init=taken)
     images, score = image_shape(kind, shape), None
-    vae = None if args.vae is None else weights.load_vae(args.vae, world.device)
+    vae = None if args.vae is None else weights.load_vae(args.vae, world.device, dataset.vae)
     if args.fid:
         samples = evaluate.Samples(args.count or 50_000, vae=args.vae)
         scorer = evaluate.load_scorer(args.fid, args.inception, images, world)

@@ -10,9 +10,11 @@ of others are read; names and shapes decide what a file is.
 """
 
 import argparse
+import hashlib
 import json
 import math
 import os
+import pickle
 import re
 import sys
 import zipfile
@@ -22,13 +24,15 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from safetensors import safe_open
+from torch.utils._pytree import tree_flatten_with_path
 
 import dual
 import imf
 import meanflow
 import model
 from model import config, dit, positions, shapes, sinusoids
-from runtime import check_tensors, read_tensors, refuse, save_tensors, say
+from runtime import check_tensors, read_tensors, reading, refuse, save_tensors, say, sha256
 from vae import SCALE
 from vae import convert as convert_vae
 from vae import shapes as vae_shapes
@@ -41,8 +45,10 @@ CONVENTIONS = {
     "repa": "predicts e - x, t = 1 is noise (as REPA's SiT)",
     "sit": "predicts x - e, t = 1 is data (as SiT)",
 }
-LABELS = "y_embedder.embedding_table.weight"
+PATCHES, LABELS = "x_embedder.proj.weight", "y_embedder.embedding_table.weight"
 OUTPUT = ("final_layer.linear.weight", "final_layer.linear.bias")
+AVERAGED = r"\b(ema|model_ema|ema_model|ema_state_dict|state_dict_ema|net_ema)(?=[./])"
+WRAPPERS = r"\b(module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|_flax_\w+)[./]"
 
 
 class Sampler(NamedTuple):
@@ -55,6 +61,8 @@ class Sampler(NamedTuple):
     shift: float | torch.Tensor = 0.0  # samples are (latents - shift) * scale
     scale: float | torch.Tensor = SCALE
     vae: dict | None = None  # decodes latents
+    weights: str = ""  # "PATH sha256 DIGEST" of its file
+    vae_sha256: str = ""  # of the VAE that encoded what it was trained on, if known
 
 
 def image_shape(kind, shape):
@@ -92,47 +100,68 @@ def find_checkpoint(path):
     raise FileNotFoundError(f"{path} holds no ema-STEP.safetensors: {how}")
 
 
+def orphans(folder):
+    """Return the files, newest last, of saves after `newest`: each lacks the other of its step."""
+    files = [file for kind in ("ema", "state") for file in checkpoints(folder, kind).items()]
+    return [path for step, path in sorted(files) if step > newest(folder)]
+
+
 def read_weights(path):
-    """Return the tensors, {name: tensor}, and metadata, {key: str}, of a file of weights.
+    """Return tensors, {name: tensor}, metadata, {key: str}, and "PATH sha256 DIGEST" of a file.
 
-    A safetensors file, or a pickle, in which code is refused and averaged weights are preferred.
-    The prefixes of DDP and torch.compile are removed. Raises ValueError or FileNotFoundError.
+    A safetensors file, or a pickle, in which code is refused; `select` finds the network in those
+    of others. Raises ValueError or OSError, with one line.
     """
-    if Path(path).suffix == ".safetensors" or not Path(path).is_file():
-        tensors, metadata = read_tensors(path, WEIGHTS)
-    else:
-        try:
-            with torch.serialization.safe_globals([argparse.Namespace]):  # in DiT's and SiT's files
-                options = dict(map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-                tensors = torch.load(path, **options)
-            for key in ("ema", "model", "state_dict"):
-                tensors = tensors[key] if isinstance(tensors.get(key), dict) else tensors
-            tensors = {name: p for name, p in tensors.items() if torch.is_tensor(p)}
-        except Exception as error:  # of many types, some with pages of text
-            why = f"cannot be read as tensors without code ({type(error).__name__})"
-            raise ValueError(f"{path} {why}: {WEIGHTS}") from None
-        metadata = {}
-    return {re.sub(r"\b(module|_orig_mod)\.", "", name): p for name, p in tensors.items()}, metadata
+    with reading(path, WEIGHTS) as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+        if Path(path).suffix.lower() == ".safetensors":
+            with safe_open(path, "pt") as opened:
+                tensors = {name: opened.get_tensor(name) for name in opened.keys()}
+                metadata = opened.metadata() or {}
+        else:
+            tensors, metadata = read_pickle(path), {}
+        if not os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
+            raise ValueError("it changed while it was read: run the same command again")
+        tensors = tensors if "run" in metadata else select(path, tensors)
+    return tensors, metadata, f"{path} sha256 {digest}"
 
 
-def rename(tensors):
-    """Return the parameters among `tensors`, which have others' names, under ours.
+def read_pickle(path):
+    """Return what a pickle holds. Raise ValueError for code, or what is no pickle."""
+    options = dict(map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):  # in DiT's and SiT's files
+            return torch.load(path, **options)
+    except pickle.UnpicklingError:  # which says how to run the code
+        raise ValueError("it is no file of tensors without code") from None
 
-    `r_embedder` is another name of `h_embedder`, early files of REPA count `decoder_blocks` anew.
-    Fixed positions, and REPA's projectors, which serve its training, are left out.
+
+def select(path, content):
+    """Return the tensors, {name: tensor}, of the network that nested dicts of others hold.
+
+    What DDP, torch.compile, FSDP and activation checkpoints add to names is removed. Averaged
+    weights are preferred, with a line that says so. Raises ValueError for several networks.
     """
-    encoder_depth = sum(bool(re.match(r"blocks\.\d+\.attn\.qkv\.weight", k)) for k in tensors)
-
-    def block(match):
-        return f"blocks.{int(match[1]) + encoder_depth}."
-
-    params = {}
-    for name, p in tensors.items():
-        name = re.sub("^r_embedder", "h_embedder", name)
-        name = re.sub(r"^decoder_blocks\.(\d+)\.", block, name)
-        if not re.match(r"pos_embed$|projectors\.", name):
-            params[name] = p
-    return params
+    found, tensors = [], {}
+    for keys, p in tree_flatten_with_path(content)[0]:
+        if torch.is_tensor(p) and (p.ndim or p.is_floating_point()):  # no counter
+            name = "".join(f"/{getattr(key, 'key', '')}" for key in keys)  # /ema/blocks.0.mlp ...
+            found.append((re.sub(WRAPPERS, "", name), p))
+    networks = sorted({name.removesuffix(PATCHES) for name, _ in found if name.endswith(PATCHES)})
+    averaged = [name for name in networks if re.search(AVERAGED, name)]
+    taken, *more = averaged or networks or ["/"]
+    if more:
+        raise ValueError(f"several networks, {', '.join([taken, *more])}: save one of them alone")
+    averages = re.findall(AVERAGED, " ".join(name for name, _ in found))
+    if left := {*networks, *averages} - {taken, *re.findall(AVERAGED, taken)}:
+        say(f"{path}: {taken} is taken, not {', '.join(sorted(left))}", file=sys.stderr)
+    for name, p in found:
+        inner = re.sub("^r_embedder", "h_embedder", name.removeprefix(taken))
+        if name.startswith(taken) and "/" not in inner:
+            if inner in tensors:
+                raise ValueError(f"{inner} is there twice, under two names")
+            tensors[inner] = p
+    return tensors
 
 
 def check_positions(path, found, width):
@@ -152,15 +181,19 @@ def is_velocity(params):
     return not any(name.startswith("h_embedder") or "shared_blocks." in name for name in params)
 
 
-def imf_params(tensors):
-    """Return an iMF's parameters and the shapes, {name: shape}, that they should have."""
-    params = imf.convert(tensors)
-    return params, imf.shapes(imf.config(params))
-
-
 def dit_params(tensors):
-    """Return a DiT's parameters and the shapes, {name: shape}, that they should have."""
-    params = rename(tensors)
+    """Return a DiT's parameters and the shapes, {name: shape}, that they should have.
+
+    Early files of REPA count `decoder_blocks` anew. Fixed positions, and REPA's projectors, which
+    serve its training, are left out.
+    """
+    encoder_depth = sum(bool(re.match(r"blocks\.\d+\.attn\.qkv\.weight", k)) for k in tensors)
+
+    def block(match):
+        return f"blocks.{int(match[1]) + encoder_depth}."
+
+    kept = {k: p for k, p in tensors.items() if not re.match(r"pos_embed$|projectors\.", k)}
+    params = {re.sub(r"^decoder_blocks\.(\d+)\.", block, name): p for name, p in kept.items()}
     architecture = config(params)
     outputs = architecture.patch**2 * architecture.channels
     for name in OUTPUT:
@@ -179,8 +212,13 @@ def convert(path, tensors, convention=None):
     velocity, in one of CONVENTIONS, and what is returned has no `h_embedder`. Raises ValueError for
     anything else.
     """
+    check_tensors(path, tensors, {k: tuple(p.shape) for k, p in tensors.items()}, WEIGHTS)
     try:
-        params, wanted = (imf_params if is_imf(tensors) else dit_params)(tensors)
+        if is_imf(tensors):
+            params = imf.convert(tensors)
+            wanted = imf.shapes(imf.config(params))
+        else:
+            params, wanted = dit_params(tensors)
     except ValueError as error:
         raise ValueError(f"{path}: {error}: {WEIGHTS}") from None
     check_tensors(path, params, wanted, WEIGHTS)
@@ -193,10 +231,8 @@ def convert(path, tensors, convention=None):
         raise ValueError(f"{path} is {kind}, whose convention is known: leave out --convention")
     if is_velocity(params) and not convention and not is_repa:
         words = "; ".join(f"--convention {name} if it {what}" for name, what in CONVENTIONS.items())
-        raise ValueError(
-            f"{path} has no embedding of t - r, so it is no MeanFlow: give {words}. "
-            "DiT's own weights predict noise on another path and cannot be used"
-        )
+        what = f"{path} has no embedding of t - r, so it is no MeanFlow: give {words}"
+        raise ValueError(f"{what}. DiT's own predict noise on another path and cannot be used")
     if convention == "sit":
         reverse_time(params)
     return {name: p.float() for name, p in params.items()}
@@ -216,7 +252,7 @@ def reverse_time(params):
 
 
 def image_size(path, architecture, tensors, metadata):
-    """Return what a checkpoint makes, "pixels" or "latents", and their side.
+    """Return what a checkpoint makes, "pixels" or "latents", and their (height, width).
 
     Of a file without metadata, this follows from its positions; four channels are latents, and of
     ImageNet's 1,000 classes they are 32 wide, as of 256x256 images.
@@ -225,28 +261,32 @@ def image_size(path, architecture, tensors, metadata):
     if not {"kind", "resolution"} & metadata.keys():
         kind = "latents" if channels == 4 else "pixels"
         if "pos_embed" in tensors:
-            return kind, patch * math.isqrt(tensors["pos_embed"].shape[1])
+            return kind, 2 * (patch * math.isqrt(tensors["pos_embed"].shape[1]),)
         if (channels, classes) == (4, 1000):
-            return kind, 32
-    kind, resolution = metadata.get("kind"), metadata.get("resolution", "")
-    side = int(resolution) // (8 if kind == "latents" else 1) if resolution.isdecimal() else 0
-    if kind not in ("pixels", "latents") or not side or side % patch:
-        found = f"kind {kind}, resolution {resolution or None}, and there is no pos_embed"
+            return kind, (32, 32)
+    kind, resolution = (metadata.get(key, "")[:20] for key in ("kind", "resolution"))
+    known = re.fullmatch(r"\d{1,4}(x\d{1,4})?", resolution, re.ASCII)  # 64, or 64x96
+    sides = [int(side) for side in (resolution.split("x") * 2)[:2]] if known else [0]
+    unit = 8 if kind == "latents" else 1
+    if kind not in ("pixels", "latents") or any(n % (patch * unit) or not n for n in sides):
+        found = f"kind {kind or None!r}, resolution {resolution or None!r} and no pos_embed"
         hint = "save it as .safetensors with metadata kind (pixels or latents) and resolution"
         raise ValueError(f"{path}: metadata has {found}: {hint}")
-    return kind, side
+    return kind, tuple(side // unit for side in sides)
 
 
-def class_names(path, metadata, count):
-    """Return the names of a checkpoint's classes by label, or None if it is not one of ours."""
+def class_names(path, metadata, count, default):
+    """Return the names of a checkpoint's classes by label, or `default` if it is not ours."""
     if not metadata.keys() >= {"run", "classes"}:
-        return None
+        if count + 1 in (10, 100, 1000):
+            say(f"{path}: the last of {count + 1} labels is taken for no class", file=sys.stderr)
+        return default
     try:
-        names = [str(name) for name in json.loads(metadata["classes"])]
-    except (ValueError, TypeError):
-        names = []
-    if len(names) != count:
-        raise ValueError(f"{path}: metadata names {len(names)} classes of {count}: mend the file")
+        names = json.loads(metadata["classes"])
+    except (ValueError, RecursionError):
+        names = None
+    if not isinstance(names, list) or [type(name) for name in names] != count * [str]:
+        raise ValueError(f"{path}: metadata classes are not {count} names: mend the file")
     return names
 
 
@@ -265,29 +305,29 @@ def load(path, device="cpu", *, convention=None, steps=1):
     FileNotFoundError or ValueError, with one line.
     """
     path = find_checkpoint(path)
-    tensors, metadata = read_weights(path)
+    tensors, metadata, identity = read_weights(path)
     params = convert(path, tensors, convention)
     improved = is_imf(params)
     architecture = (imf.config if improved else config)(params)
-    kind, side = image_size(path, architecture, tensors, metadata)
-    classes = class_names(path, metadata, architecture.classes)
-    classes = classes or [str(label) for label in range(architecture.classes)]
-    facts = classes, kind, (architecture.channels, side, side)
+    kind, sides = image_size(path, architecture, tensors, metadata)
+    numbers = [str(label) for label in range(architecture.classes)]
+    classes = class_names(path, metadata, architecture.classes, numbers)
+    net, guidance, latents = dit_net, (), (0.0, SCALE)
     if improved:
-        params = {name: p for name, p in params.items() if not name.startswith("v_")}
+        net, params = imf.guided, {k: p for k, p in params.items() if not k.startswith("v_")}
         try:
             guidance, latents = imf.read_metadata(metadata, architecture, steps)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
-        sampler = Sampler(params, imf.guided, *facts, guidance, *(a.to(device) for a in latents))
-    else:
-        sampler = Sampler(params, dit_net, *facts)
+        latents = (a.to(device) for a in latents)
     if is_velocity(params):
         if steps < 10:
             say(f"{path} predicts a velocity: give --steps 50 or more", file=sys.stderr)
         zeros = {name: torch.zeros(shape) for name, shape in shapes(architecture).items()}
         params = zeros | params
-    return sampler._replace(params={name: p.to(device) for name, p in params.items()})
+    params, shape = {k: p.to(device) for k, p in params.items()}, (architecture.channels, *sides)
+    known = dict(weights=identity, vae_sha256=metadata.get("vae", ""))
+    return Sampler(params, net, classes, kind, shape, guidance, *latents, **known)
 
 
 def choose_guidance(path, sampler, omega=None, interval=None):
@@ -303,13 +343,18 @@ def choose_guidance(path, sampler, omega=None, interval=None):
     return sampler._replace(guidance=imf.check_guidance(omega, *(interval or times)))
 
 
-def load_vae(path, device="cpu"):
+def load_vae(path, device="cpu", wanted=""):
     """Return the VAE's parameters, {name: float32 tensor}, from its safetensors file.
 
-    Raises FileNotFoundError or ValueError, with one line, for a file with other tensors.
+    wanted: the sha256 of the VAE that encoded the latents; of another, a line is printed. Raises
+    FileNotFoundError or ValueError, with one line, for a file with other tensors.
     """
-    params = convert_vae(read_tensors(path, VAE)[0], device)
+    tensors, _ = read_tensors(path, VAE)
+    check_tensors(path, tensors, {k: tuple(p.shape) for k, p in tensors.items()}, VAE)
+    params = convert_vae(tensors, device)
     check_tensors(path, params, vae_shapes(), VAE)
+    if wanted and sha256(path) != wanted:
+        say(f"{path}: latents were encoded by another VAE, sha256 {wanted[:64]}", file=sys.stderr)
     return params
 
 
@@ -324,9 +369,12 @@ def open_sampler(path, device, *, convention=None, steps=1, vae=None, scale=None
         return sampler
     if vae is None:
         raise ValueError(f"{path} makes latents: give --vae, sd-vae-ft-mse's file")
+    if sampler.shape[0] != 4:
+        raise ValueError(f"{path} makes latents of {sampler.shape[0]} channels: the VAE has 4")
     if torch.is_tensor(sampler.scale):
         refuse(f"as {path} has a scale for each channel", scale=scale)
-    return sampler._replace(vae=load_vae(vae, device), scale=scale or sampler.scale)
+    vae = load_vae(vae, device, sampler.vae_sha256)
+    return sampler._replace(vae=vae, scale=scale or sampler.scale)
 
 
 def start_from(path, convention, classes, fresh, *, generator):
@@ -339,14 +387,13 @@ def start_from(path, convention, classes, fresh, *, generator):
     path, params = find_checkpoint(path), fresh(generator=generator)
     hint = "give --init weights of the same --size and channels"
     hint += " (of an iMF with v_heads)" if is_imf(params) else ""
-    tensors, metadata = read_weights(path)
+    tensors, metadata, _ = read_weights(path)
     if is_imf(tensors) != is_imf(params):
         raise ValueError(f"{path} is {'no' if is_imf(params) else 'an'} iMF: {hint}")
     taken = convert(path, tensors, convention)
     *rows, null = taken[LABELS]
-    names = class_names(path, metadata, len(rows))
-    names = names or (classes if len(classes) == len(rows) else [])
-    rows = dict(zip(names, rows))
+    default = classes if len(classes) == len(rows) else []
+    rows = dict(zip(class_names(path, metadata, len(rows), default), rows))
     taken[LABELS] = torch.stack([*(rows.get(name, null) for name in classes), null])
     created = {k: p for k, p in params.items() if k.startswith("h_embedder") and k not in taken}
     created |= {k: torch.zeros_like(p) for k, p in created.items() if ".mlp.2." in k}
@@ -397,6 +444,10 @@ def dit_method(size, *, channels, classes, guidance=(1.0, 0.0, (0.0, 1.0)), comp
 
 def imf_method(size, *, channels, classes, kind, compiled=False):
     """Return the Method of improved MeanFlow. size: as of imf.init; kind: of the data."""
+    if kind == "latents" and channels != 4:
+        raise ValueError(
+            f"an iMF takes latents of 4 channels, not {channels}: choose a DiT's --size"
+        )
     block = dual.compile(imf.block, dynamic=False) if compiled else imf.block
     config = imf.Config(*imf.SIZES.get(size, size), channels, classes, True)
 
@@ -429,22 +480,45 @@ def save_checkpoint(folder, step, tensors, metadata):
     tensors: {"state": {name: tensor}, "ema": the averaged weights}. The latter come last, so that
     their presence says that both are whole.
     """
+    save = {"step": step, "run": json.loads(metadata.get("run", "{}"))}
+    about = {"state": {"save": json.dumps(save)}, "ema": metadata | {"step": str(step)}}
     for kind, part in tensors.items():
-        about = metadata | {"step": str(step)} if kind == "ema" else None
-        save_tensors(checkpoint(folder, kind, step), part, about)
+        save_tensors(checkpoint(folder, kind, step), part, about[kind])
     for kind in tensors:
         for old, path in list(checkpoints(folder, kind).items())[:-KEEP]:
             if kind == "state" or old % LASTING:
                 path.unlink()
 
 
-def restore(folder, step, tensors):
-    """Copy the save of `step` into `tensors`, as save_checkpoint takes them."""
+def check_run(where, before, run, hint="choose another --out"):
+    """Raise ValueError if the run `before`, found at `where`, may not be continued as `run`."""
+    for key in run | before:
+        free = key in ("steps", "warmup", "precision", "commit", "torch")
+        if not free and before.get(key) != run.get(key):
+            found = f"{key} {before.get(key)}, not {run.get(key)}"
+            raise ValueError(f"{where} holds a run with {found}: {hint}")
+
+
+def restore(folder, step, tensors, run):
+    """Copy the save of `step` into `tensors`, as save_checkpoint takes them.
+
+    Raises ValueError for tensors of other names, shapes or dtypes, another step or another run.
+    """
+    hint = "delete both files of this step to continue from the save before"
     for kind, part in tensors.items():
         path = checkpoint(folder, kind, step)
-        hint = "delete both files of this step to continue from the save before"
-        saved, _ = read_tensors(path, hint)
-        check_tensors(path, saved, {name: tuple(p.shape) for name, p in part.items()}, hint)
+        saved, about = read_tensors(path, hint)
+        wanted = {name: tuple(p.shape) for name, p in part.items()}
+        check_tensors(path, saved, wanted, hint, {p.dtype for p in part.values()})
+        try:
+            if kind == "ema":
+                save = {key: json.loads(about.get(key, "{}")) for key in ("step", "run")}
+            else:  # without metadata where it is of an earlier version
+                save = json.loads(about["save"]) if about else {"step": step, "run": run}
+            before = dict(save["run"], step=save["step"])
+        except (ValueError, TypeError, KeyError, RecursionError):
+            raise ValueError(f"{path}: metadata are not those of a save: {hint}") from None
+        check_run(path, before, run | {"step": step}, hint)
         for name, p in part.items():
             p.detach().copy_(saved[name])
 

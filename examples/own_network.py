@@ -83,22 +83,24 @@ def unet_method(channels, classes, **guidance):
 
 def load(folder, device="cpu"):
     """Return the weights.Sampler of the last save in a run's folder."""
-    path, hint = weights.find_checkpoint(folder), "give a folder that this script wrote"
-    params, about = runtime.read_tensors(path, hint)
+    path = weights.find_checkpoint(folder)
+    params, about, identity = weights.read_weights(path)
+    if "conv_out.weight" not in params or "run" not in about:
+        raise ValueError(f"{path} holds another network: give a folder that this script wrote")
     kind, classes = about["kind"], json.loads(about["classes"])
-    if "conv_out.weight" not in params:
-        raise ValueError(f"{path} holds another network: {hint}")
     channels = params["conv_out.weight"].shape[0]
-    side = int(about["resolution"]) // (8 if kind == "latents" else 1)
+    scale = 8 if kind == "latents" else 1
+    sides = [int(side) // scale for side in about["resolution"].split("x")]
+    shape = channels, sides[0], sides[-1]  # a single number is that of a square
     params = {name: p.to(device) for name, p in params.items()}
     net = unet_method(channels, len(classes)).net
-    return weights.Sampler(params, net, classes, kind, (channels, side, side))
+    return weights.Sampler(params, net, classes, kind, shape, weights=identity)
 
 
 def main(argv, world):
     arguments = runtime.parser(__doc__)
     add = arguments.add_argument
-    add("data", nargs="?", default="digits", help="what data.py wrote (default: digits)")
+    add("data", nargs="?", help="what data.py wrote (default: digits)")
     add("--out", type=Path, default=Path("runs", "unet"), help="the run's folder")
     add("--steps", type=runtime.number(int, 1), default=2000)
     add("--batch", type=runtime.number(int, 1), default=64)
@@ -113,7 +115,7 @@ def main(argv, world):
         images = sample.to_uint8(x, sampler)
         return sample.save_grid(images, args.draw) if world.rank == 0 else None
 
-    dataset = data.load_data(args.data, world.rank, world.size)
+    dataset = data.load_data(args.data, world.rank, world.size) if args.data else data.digits()
     if args.ref and dataset.kind == "latents":
         raise ValueError("--ref compares pixels: leave it out for latents")
     guidance = dict(kappa=0.3, interval=(0.0, 0.5))
@@ -126,7 +128,7 @@ def main(argv, world):
         score = partial(evaluate.score, scorer=scorer, samples=samples, world=world)
     about = {"method": method.name, **guidance}  # what tells this run from others
     sampler = train.fit(method, dataset, plan, args.out, world, about=about, score=score)
-    if sampler and args.data == "digits" and world.rank == 0:
+    if sampler and dataset.name == "digits" and world.rank == 0:
         evaluate.report(sampler, dataset)
 
 

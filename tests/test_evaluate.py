@@ -5,6 +5,7 @@ test_fid.py has the distance, test_inception.py the network.
 
 import json
 import math
+import os
 import shutil
 import zipfile
 from unittest import mock
@@ -186,7 +187,7 @@ def test_a_broken_image_of_one_process_ends_all(halves, tmp_path):
     broken.write_text("x")
     process = start(*LAUNCH, 2, "evaluate.py", folder, "--ref", halves[0][1])
     _, errors = process.communicate(timeout=120)
-    assert process.returncode != 0 and f"evaluate.py: {broken} is not a readable image" in errors
+    assert process.returncode != 0 and f"evaluate.py: {broken} cannot be read (" in errors
     assert "Traceback" not in errors.split("failed (exitcode")[0], "what follows is torchrun's own"
 
 
@@ -276,14 +277,25 @@ def rewritten(path, change):
         archive.writestr("arr_0.npy", change(npy))
 
 
+def claiming(path, **shapes):
+    """Write an .npz whose arrays of float64 have these shapes in their headers, but few values."""
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, shape in shapes.items():
+            with archive.open(f"{name}.npy", "w") as file:
+                about = {"descr": "<f8", "fortran_order": False, "shape": shape}
+                np.lib.format.write_array_header_1_0(file, about)
+                file.write(bytes(min(112, 8 * math.prod(shape))))
+
+
 REFERENCES = {
     "missing": (
         lambda path: None,
-        "No such file or directory",
+        "ref.npz is not a file: give images or an .npz, such as ADM's https://openaipublic",
     ),
+    "a pipe": (os.mkfifo, "ref.npz is not a file: give images or an .npz"),
     "pointer": (
         lambda path: path.write_text("version https://git-lfs.github.com/spec/v1\noid"),
-        "cannot be read (File is not a zip file): give images or an .npz, such as https://openai",
+        "cannot be read (File is not a zip file): give images or an .npz, such as ADM's https://op",
     ),
     "page": (
         lambda path: path.write_text("<!DOCTYPE html><html>"),
@@ -309,19 +321,35 @@ REFERENCES = {
     ),
     "half the keys": (
         lambda path: np.savez(path, mu=np.zeros(3), ref_sigma=np.eye(3)),
-        "cannot be read ('sigma is not a file in the archive')",
+        "cannot be read (\"There is no item named 'sigma.npy' in the archive\")",
     ),
     "pickled": (
         lambda path: save_stats(path, mu=np.array([{}, {}])),
-        "cannot be read (Object arrays cannot be loaded",
+        "cannot be read (mu is object (2,) in ",
     ),
     "text": (
         lambda path: save_stats(path, mu=np.array(["a"])),
-        "cannot be read (Cannot cast array data from dtype('<U1') to dtype('float64')",
+        "cannot be read (mu is <U1 (1,) in 132 bytes, should be float32 or float64 (any,) in C or",
     ),
     "shapes": (
         lambda path: save_stats(path, mu=np.zeros(5)),
-        "mu and sigma are (5,) and (768, 768), they should be (d,) and (d, d)",
+        "sigma is float64 (768, 768) in 4,718,720 bytes, should be float32 or float64 (5, 5) in C",
+    ),
+    "no dimension": (
+        lambda path: save_stats(path, mu=np.zeros(())),
+        "mu is float64 () in 136 bytes, should be float32 or float64 (any,) in C order",
+    ),
+    "half precision": (
+        lambda path: save_stats(path, sigma=np.eye(768, dtype=np.float16)),
+        "sigma is float16 (768, 768) in ",
+    ),
+    "a claim of 8 TB": (
+        lambda path: claiming(path, mu=(5,), sigma=(5, 10**12)),
+        "sigma is float64 (5, 1000000000000) in 240 bytes, should be float32 or float64 (5, 5) in",
+    ),
+    "another claim of 8 TB": (
+        lambda path: claiming(path, mu=(10**12,), sigma=(5, 5)),
+        "mu is float64 (1000000000000,) in 240 bytes, should be",
     ),
     "infinite": (
         lambda path: save_stats(path, mu=np.full(768, np.inf)),
@@ -333,6 +361,18 @@ REFERENCES = {
     ),
     "negative": (
         lambda path: save_stats(path, sigma=-np.eye(768)),
+        "no covariance has an eigenvalue -1:",
+    ),
+    "no covariance": (
+        lambda path: save_stats(path, np.zeros(192), np.eye(192) - 0.9999),
+        "no covariance has an eigenvalue -191:",
+    ),
+    "a distance without end": (
+        lambda path: save_stats(path, mu=np.full(768, 1e200)),
+        "mu and sigma are not a finite mean and covariance",
+    ),
+    "NaN": (
+        lambda path: save_stats(path, sigma=np.full((768, 768), np.nan)),
         "mu and sigma are not a finite mean and covariance",
     ),
     "features": (
@@ -341,11 +381,11 @@ REFERENCES = {
     ),
     "no real numbers": (
         lambda path: save_stats(path, mu=np.zeros(768, complex)),
-        "cannot be read (Cannot cast array data from dtype('complex128') to dtype('float64')",
+        "cannot be read (mu is complex128 (768,) in ",
     ),
     "nothing": (
         lambda path: save_stats(path, np.zeros(0), np.zeros((0, 0))),
-        "mu and sigma are (0,) and (0, 0), they should be",
+        "mu is float64 (0,) in 128 bytes, should be",
     ),
     "another .npy": (
         lambda path: rewritten(path, lambda npy: npy[:6] + bytes([3]) + npy[7:]),
@@ -360,7 +400,23 @@ REFERENCES = {
     ),
     "images cut short": (
         lambda path: rewritten(path, lambda npy: npy[:-9]),
-        "ends after 8 of 9 images",
+        "arr_0 is uint8 (9, 8, 8, 3) in 1,847 bytes, should be uint8 (any, any, any, 3) in C order",
+    ),
+    "images beside a claim": (
+        lambda path: rewritten(path, lambda npy: npy.replace(b"(9, 8", b"(9,99")),
+        "arr_0 is uint8 (9, 99, 8, 3) in 1,856 bytes",
+    ),
+    "sides below 0": (
+        lambda path: rewritten(path, lambda npy: npy.replace(b"8, 8, 3)", b"-8,-8,3)")),
+        "arr_0 is uint8 (9, -8, -8, 3) in ",
+    ),
+    "images in another order": (
+        lambda path: np.savez(path, arr_0=np.zeros((3, 8, 9, 3), np.uint8).T),
+        "arr_0 is uint8 (3, 9, 8, 3) in ",
+    ),
+    "one image that fills the memory": (
+        lambda path: np.savez_compressed(path, arr_0=np.zeros((2, 2000, 4000, 3), np.uint8)),
+        "images of [2000, 4000, 3] are too large",
     ),
     "sizes": (
         lambda path: [paint(path / str(side), 1, 1, side) for side in (8, 9)],
@@ -383,11 +439,11 @@ REFERENCES = {
     ),
     "images of floats": (
         lambda path: np.savez(path, arr_0=np.zeros((3, 8, 8, 3))),
-        "arr_0 is float64 (3, 8, 8, 3): give",
+        "arr_0 is float64 (3, 8, 8, 3) in 4,736 bytes, should be uint8 (any, any, any, 3) in C",
     ),
     "grey images": (
         lambda path: np.savez(path, arr_0=np.zeros((3, 8, 8), np.uint8)),
-        "arr_0 is uint8 (3, 8, 8): give",
+        "arr_0 is uint8 (3, 8, 8) in 320 bytes, should be uint8 (any, any, any, 3) in C order",
     ),
     "an empty folder": (lambda path: path.mkdir(), "has 0 images, at least 2 are needed"),
     "no images": (
@@ -396,7 +452,7 @@ REFERENCES = {
     ),
     "a broken image": (
         lambda path: (path.mkdir(), [(path / f"{k}.png").write_text("x") for k in (0, 1)]),
-        "0.png is not a readable image",
+        "0.png cannot be read (cannot identify image file",
     ),
 }
 
@@ -405,6 +461,7 @@ REFERENCES = {
 def test_bad_references(monkeypatch, halves, tmp_path, kind):
     change, words = REFERENCES[kind]
     change(tmp_path / "ref.npz")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 7_999_999)
     message = fails(monkeypatch, "evaluate.py", halves[0][0], "--ref", tmp_path / "ref.npz")
     assert words in message and (kind == "features" or str(tmp_path / "ref.npz") in message)
 
@@ -413,10 +470,10 @@ def test_bad_references(monkeypatch, halves, tmp_path, kind):
     "flags, words",
     [
         ([], "nothing to do: give --ref or, for images, --save-stats, or both"),
-        (["--ref", "x.npz", "--count", "1"], "argument --count: 1: give 2 or more"),
+        (["--ref", "x.npz", "--count", "1"], "argument --count: 1: give 2 to 2147483648"),
         (
             ["--save-stats", "."],
-            "--save-stats .: give a file in a folder that exists",
+            "--save-stats .: give a new file in a folder that exists",
         ),
         (
             ["--save-stats", "s.npz", "--count", "41"],
@@ -433,7 +490,10 @@ def test_bad_references(monkeypatch, halves, tmp_path, kind):
         (["--ref", "x.npz", "--seed", "0"], "--seed would be ignored as {} holds images"),
         (["--ref", "x.npz", "--vae", "x"], "--vae would be ignored as {} holds images"),
         (["--ref", "x.npz", "--scale", "2"], "--scale would be ignored as {} holds images"),
-        (["--ref", "x.npz", "--omega", "0"], "--omega would be ignored as {} holds images"),
+        (["--ref", "x.npz", "--omega", "1"], "--omega would be ignored as {} holds images"),
+        (["--ref", "x.npz", "--out", "/dev/null"], "--out /dev/null: give a file in a folder that"),
+        (["--save-stats", "README.md"], "--save-stats README.md: give a new file in a folder that"),
+        (["--save-stats", "/dev/null"], "--save-stats /dev/null: give a new file in a folder that"),
         (["--ref", "x.npz", "--interval", "0,1"], "--interval would be ignored as {} holds images"),
         (["--ref", "x.npz", "--convention", "sit"], "--convention would be ignored as {} holds"),
         (["--ref", "x.npz", "--every"], "--every would be ignored as {} holds images"),
@@ -517,6 +577,138 @@ def test_logits_are_kept_for_scores_alone(monkeypatch, tmp_path):
     assert kept == [False, False, True]
 
 
+# --- what is not what it seems ---
+
+
+def test_statistics_are_read_in_any_order_of_bytes_and_of_either_precision(tmp_path):
+    """Of few items, too: rounding leaves their covariance eigenvalues below 0."""
+    mu, sigma = fid.statistics(fid.accumulate(None, randn(0, 9, 40) + 3))
+    mu, sigma = mu.numpy(), sigma.numpy()
+    for name, kind in (("a.npz", ">f8"), ("b.NPZ", "<f4"), ("c.npz", ">f4")):
+        with open(tmp_path / name, "wb") as file:
+            np.savez(file, mu=mu.astype(kind), sigma=np.asfortranarray(sigma.astype(kind)))
+        found = evaluate.load_statistics(tmp_path / name)
+        for got, want in zip(found, (mu, sigma)):
+            assert got.dtype == torch.float64 and np.abs(got.numpy() - want).max() < 1e-6
+        assert fid.frechet_distance(*found, *found) < 1e-6
+        assert evaluate.is_images(str(tmp_path / name))
+
+
+def test_more_features_than_a_covariance_can_have_are_refused_unread(monkeypatch, tmp_path):
+    save_stats(tmp_path / "x.npz", np.zeros(6), np.eye(6))
+    monkeypatch.setattr(evaluate, "MOST", 5)
+    with monkeypatch.context() as m, pytest.raises(ValueError, match="6 features are too many"):
+        m.setattr(np, "frombuffer", None)
+        evaluate.load_statistics(tmp_path / "x.npz")
+    with pytest.raises(ValueError, match="^6 pixels are too many features: give --inception$"):
+        evaluate.pixels(torch.zeros(2, 1, 2, 3, dtype=torch.uint8))
+
+
+def test_images_are_taken_from_their_classes_in_turn():
+    assert evaluate.in_turn("aaabbc") == [0, 3, 5, 1, 4, 2]
+    assert evaluate.in_turn([2, 0, 2, 2, 0]) == [0, 1, 2, 4, 3]
+    assert evaluate.in_turn(["x", "y", "z"]) == [0, 1, 2]  # files of no class
+
+
+def paint_classes(folder):
+    """Write four grey images of each of three classes, and what is none."""
+    for label, name in enumerate("abc"):
+        for k in range(4):
+            path = folder / name / f"{k}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (8, 8), (10 * (4 * label + k),) * 3).save(path)
+    (folder / "a" / ".0.png").write_bytes(b"x")
+    (folder / "a" / "notes.txt").write_bytes(b"x")
+    (folder / ".cache").mkdir()
+    shutil.copy(folder / "a" / "0.png", folder / ".cache" / "0.png")
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["folder", "shards"])
+def test_a_count_of_images_takes_classes_in_turn(tmp_path, capsys, kind):
+    """Without one the order is the files', on which the Inception score depends."""
+    path = str(paint_classes(tmp_path / "images"))
+    if kind == "shards":
+        data.main([path, str(tmp_path / "data"), "--resolution", "8"], runtime.World())
+        path = str(tmp_path / "data")
+
+    def shown(*arguments):
+        return [int(image[0, 0, 0]) // 10 for image in evaluate.load_images(path, *arguments)]
+
+    assert shown() == [*range(12)] and shown(None, 1, 3) == [1, 4, 7, 10]
+    assert shown(5) == [0, 4, 8, 1, 5] and shown(12) == [0, 4, 8, 1, 5, 9, 2, 6, 10, 3, 7, 11]
+    assert [shown(5, rank, 2) for rank in (0, 1)] == [[0, 8, 5], [4, 1]]
+
+
+@pytest.mark.parametrize("kind", ["statistics", "images"])
+def test_a_reference_that_is_replaced_while_it_is_read_is_refused(monkeypatch, tmp_path, kind):
+    path = tmp_path / "ref.npz"
+    images = np.random.default_rng(0).integers(0, 256, (9, 8, 8, 3), dtype=np.uint8)
+    known = dict(arr_0=images) if kind == "images" else dict(mu=np.zeros(192), sigma=np.eye(192))
+    np.savez(path, **known)
+    whole, load = path.read_bytes(), evaluate.load_statistics
+    before = evaluate.load_scorer(str(path), None, (3, 8, 8), runtime.World())
+    assert runtime.sha256(path) in before.about["reference"]
+
+    def replace(path):
+        found = load(path)
+        np.savez(path, **{name: value + 1 for name, value in known.items()})
+        return found
+
+    monkeypatch.setattr(evaluate, "load_statistics", replace)
+    with pytest.raises(ValueError, match="ref.npz changed while it was read: run the same"):
+        evaluate.load_scorer(str(path), None, (3, 8, 8), runtime.World())
+    assert path.read_bytes() != whole
+
+
+def test_statistics_are_never_written_over_what_is_there(monkeypatch, tmp_path):
+    """Neither over the images themselves, nor over what came while they were read."""
+    images, new = tmp_path / "x.npz", tmp_path / "new.npz"
+    np.savez(images, arr_0=np.zeros((9, 4, 4, 3), np.uint8))
+    whole = images.read_bytes()
+    (tmp_path / "link.npz").symlink_to("nowhere")
+    for path in (images, tmp_path / "link.npz"):
+        message = fails(monkeypatch, "evaluate.py", images, "--save-stats", path)
+        assert f"--save-stats {path}: give a new file in a folder that exists" in message
+
+    def late(*arguments, whole=evaluate.measure, **options):
+        new.write_bytes(b"theirs")
+        return whole(*arguments, **options)
+
+    monkeypatch.setattr(evaluate, "measure", late)
+    with pytest.raises(OSError, match="new.npz cannot be written .it exists.: choose another"):
+        evaluate.main([str(images), "--save-stats", str(new)], runtime.World())
+    assert images.read_bytes() == whole and new.read_bytes() == b"theirs"
+
+
+def disagree(monkeypatch, change):
+    """Let a second process hand in what this one does, after `change`."""
+    whole = runtime.all_gather
+    monkeypatch.setattr(runtime, "all_gather", lambda value: [*whole(value), change(value)])
+
+
+def test_processes_that_see_different_references_end_before_they_wait(monkeypatch, tmp_path):
+    np.savez(tmp_path / "ref.npz", mu=np.zeros(48), sigma=np.eye(48))
+    paint_classes(tmp_path / "images")
+    world = runtime.World()
+    disagree(monkeypatch, lambda value: ", sha256 0" if isinstance(value, str) else value)
+    with pytest.raises(ValueError, match="^processes see different files .*ref.npz: put it on a d"):
+        evaluate.load_scorer(str(tmp_path / "ref.npz"), None, (3, 4, 4), world)
+    monkeypatch.undo()
+    disagree(monkeypatch, lambda value: 11 if value == 12 else value)
+    with pytest.raises(ValueError, match="^processes see different images in .*images: put it on"):
+        evaluate.load_scorer(str(tmp_path / "images"), None, (3, 8, 8), world)
+
+
+def test_processes_that_would_say_different_things_of_a_score_end(checkpoint, monkeypatch):
+    scorer = evaluate.load_scorer("digits", None, (1, 8, 8), runtime.World())
+    options = dict(scorer=scorer, samples=evaluate.Samples(4), world=runtime.World())
+    monkeypatch.setattr(sample, "generate", None)
+    disagree(monkeypatch, lambda value: value | {"weights": "x"})
+    with pytest.raises(ValueError, match="^processes see different weights or references: put"):
+        evaluate.score(checkpoint[1], [], **options)
+
+
 # --- checkpoints ---
 
 
@@ -583,7 +775,7 @@ def test_the_score_of_samples_in_one_line(checkpoint, capsys):
 def test_grey_images_go_through_inception_as_colours(checkpoint, tmp_path, capsys):
     path, ten = tmp_path / "inception.safetensors", data.digits()
     save_file(test_inception.weights(), path)
-    ten = ten._replace(items=ten.items[:10])
+    ten = ten._replace(items=ten.items[:10], labels=ten.labels[:10])
     words = [checkpoint[0], "--ref", "digits", "--count", "12", "--inception", path]
     with mock.patch.object(data, "digits", lambda: ten):
         evaluate.main([str(word) for word in words], runtime.World())
@@ -593,13 +785,13 @@ def test_grey_images_go_through_inception_as_colours(checkpoint, tmp_path, capsy
 
 
 def test_samples_that_are_not_finite_have_no_distance(checkpoint):
-    folder, sampler = checkpoint
+    _, sampler = checkpoint
     bad = sampler._replace(params={name: p * 1e38 for name, p in sampler.params.items()})
     world = runtime.World()
     scorer = evaluate.load_scorer("digits", None, (1, 8, 8), world)
     options = dict(scorer=scorer, samples=evaluate.Samples(4), world=world)
     with pytest.raises(ValueError, match="samples have values that are not finite"):
-        evaluate.score(weights.find_checkpoint(folder), bad, [], **options)
+        evaluate.score(bad, [], **options)
 
 
 def test_a_reference_of_other_features_is_refused_before_anything_is_drawn(
@@ -686,7 +878,7 @@ def test_what_data_py_wrote_is_a_reference_too(tmp_path, capsys):
         ([], "nothing to do: give --ref or, for images, --save-stats, or both"),
         (
             ["--ref", "no.npz"],
-            "no.npz cannot be read ([Errno 2] No such file or directory: 'no.npz'): give images or",
+            "no.npz is not a file: give images or an .npz, such as ADM's https://openaipublic.blob",
         ),
         (["--ref", "digits", "--save-stats", "x.npz"], "--save-stats would be ignored as {} is a"),
         (["--ref", "digits", "--vae", "no"], "--vae would be ignored as "),
@@ -694,14 +886,20 @@ def test_what_data_py_wrote_is_a_reference_too(tmp_path, capsys):
         (["--ref", "digits", "--vae", "README.md"], ".safetensors makes pixels: leave it out"),
         (["--ref", "digits", "--scale", "1"], "--scale would be ignored as "),
         (["--ref", "digits", "--scale", "0"], "argument --scale: 0: give a number above 0"),
-        (["--ref", "digits", "--omega", "0"], "--omega would be ignored as "),
+        (["--ref", "digits", "--omega", "1"], "--omega would be ignored as "),
+        (["--ref", "digits", "--omega", "inf"], "argument --omega: inf: give a number above 0"),
+        (["--ref", "digits", "--seed", str(2**63)], f"argument --seed: {2**63}: give -922337203"),
         (["--ref", "digits", "--interval", "0,1"], "trained with its guidance: leave it out"),
         (["--ref", "digits", "--interval", "0"], "argument --interval: 0: give numbers, two times"),
         (["--ref", "digits", "--convention", "sit"], "whose convention is known: leave out --conv"),
         (["--ref", "digits", "--convention", "ours"], "--convention: invalid choice: 'ours' (choo"),
-        (["--ref", "digits", "--classes", "12"], "class 12 is out of range: give classes from 0"),
-        (["--ref", "digits", "--steps", "0"], "argument --steps: 0: give 1 or more"),
-        (["--ref", "digits", "--count", "1"], "argument --count: 1: give 2 or more"),
+        (
+            ["--ref", "digits", "--classes", "12"],
+            'class "12" is unknown: give a class\'s name or a n',
+        ),
+        (["--ref", "digits", "--classes", "1,,2"], 'class "" is unknown: give a class\'s name or'),
+        (["--ref", "digits", "--steps", "0"], "argument --steps: 0: give 1 to 2147483648"),
+        (["--ref", "digits", "--count", "1"], "argument --count: 1: give 2 to 2147483648"),
         (
             ["--ref", "digits", "--inception", "no.pth"],
             "no.pth is not a file: fetch https://github.com/mseitzer/pytorch-fid",
@@ -886,16 +1084,73 @@ def test_the_convention_of_a_velocity_is_part_of_the_question(tmp_path, capsys, 
     assert drawn == [60, 60] and found[0] == found[1] != found[2] == found[3]
 
 
+def test_classes_may_have_names(checkpoint, monkeypatch, capsys):
+    """The line has their numbers. A word that is one's name and another's number is a name."""
+    named = checkpoint[1]._replace(classes=["0", "1", "10", "2", *"abcdef"])
+    monkeypatch.setattr(weights, "open_sampler", lambda *_, **__: named)
+    by_name = scored(capsys, checkpoint[0], "--classes", "2,a,9")
+    assert by_name["classes"] == "balanced, of 3,4,9" and "a" not in by_name["classes"][8:]
+    monkeypatch.undo()
+    assert scored(capsys, checkpoint[0], "--classes", "3,4,9") == by_name
+
+
+def test_a_score_is_of_the_file_that_was_read(checkpoint, monkeypatch, capsys):
+    """A run saves while its folder is scored, or even replaces the file."""
+    folder, path = checkpoint[0], checkpoint[0] / "ema-00000010.safetensors"
+    want = scored(capsys, folder)
+
+    def read(*arguments, whole=weights.open_sampler, **options):
+        sampler = whole(*arguments, **options)
+        save_weights(folder / "ema-00000020.safetensors", random_weights(1))
+        save_weights(path, random_weights(2))
+        return sampler
+
+    with monkeypatch.context() as m:
+        m.setattr(weights, "open_sampler", read)
+        assert scored(capsys, folder) == want
+    assert scored(capsys, path)["weights"] != want["weights"]
+
+
+def test_a_save_that_a_run_removes_meanwhile_costs_no_other_score(
+    checkpoint, monkeypatch, tmp_path, capsys
+):
+    folder, out = checkpoint[0], tmp_path / "out.jsonl"
+    saves = [folder / f"ema-000000{k}0.safetensors" for k in (1, 2, 3)]
+    for seed, path in enumerate(saves[1:], 1):
+        save_weights(path, random_weights(seed))
+
+    def draw(*arguments, whole=evaluate.draw_images, **options):
+        saves[1].unlink(missing_ok=True)
+        return whole(*arguments, **options)
+
+    monkeypatch.setattr(evaluate, "draw_images", draw)
+    with pytest.raises(FileNotFoundError, match=f"^{saves[1]} is gone: only the others have score"):
+        scored_all(capsys, folder, "--every", "--out", out)
+    found = [line["weights"].split(" ")[0] for line in runtime.read_lines(out)]
+    assert found == [str(saves[0]), str(saves[2])]
+
+
+def test_weights_without_a_file_are_never_known(checkpoint, drawn):
+    """Of other weights without a file the line may be the same."""
+    scorer = evaluate.load_scorer("digits", None, (1, 8, 8), runtime.World())
+    options = dict(scorer=scorer, samples=evaluate.Samples(20), world=runtime.World())
+    ours = checkpoint[1]._replace(weights="")
+    line = evaluate.score(ours, [], **options)
+    assert evaluate.score(ours, [line], **options) == line and drawn == [20, 20]
+    known = evaluate.score(checkpoint[1], [line], **options)
+    assert evaluate.score(checkpoint[1], [line, known], **options) is known and len(drawn) == 3
+
+
 def test_a_score_appends_its_line_at_once(checkpoint, monkeypatch, tmp_path, capsys):
     """So that a command that is killed between two checkpoints loses nothing."""
     out = tmp_path / "out.jsonl"
     last = save_weights(checkpoint[0] / "ema-00000020.safetensors", random_weights(1))
     whole = evaluate.score
 
-    def score(path, *arguments, **options):
-        if path == last:
+    def score(sampler, *arguments, **options):
+        if sampler.weights.startswith(str(last)):
             raise KeyboardInterrupt
-        return whole(path, *arguments, **options)
+        return whole(sampler, *arguments, **options)
 
     with monkeypatch.context() as m, pytest.raises(KeyboardInterrupt):
         m.setattr(evaluate, "score", score)
@@ -1113,3 +1368,25 @@ def test_what_is_no_number_leaves_a_gap(monkeypatch, tmp_path):
     assert same_points(found["grad_norm"]["mean"], steps, [first["grad_norm"], None, 1 / 150])
     quarter = found["raw_differ"]["t in [0.25, 0.5]"]
     assert same_points(quarter, steps, [51, 2.0, None])
+
+
+def test_nothing_that_a_log_or_a_folder_is_called_costs_the_picture(monkeypatch, tmp_path):
+    """Names that a typesetter takes for formulas, or no terminal shows; numbers out of reach."""
+    lines = some_lines([50, 100])
+    lines[0] |= {"raw_$x^$": 1.0, "raw_\n": 2.0, "step": 10**400}
+    lines[1] |= {"grad_norm": 10**400, "raw_equal": 1e-320, "raw_differ": -1e308}
+    lines[1] |= {f"raw_{k}": 1.0 for k in range(999)}
+    names = ["$x_$", "_$\\frac$", os.fsdecode(b"b\xe9\x1b[2J"), "c"]
+    runs = [save_log(tmp_path / name, lines) for name in names]
+    found, figure = plotted(monkeypatch, runs, tmp_path / "x.png")
+    assert "raw_equal" in found and "grad_norm" in found and len(found) == 9
+    assert not {"raw_$x^$", "raw_\n"} & found.keys()
+    for label, line in found["grad_norm"].items():
+        assert label.isprintable()
+        x, y = (np.asarray(points, float) for points in line.get_data())
+        assert np.array_equal(x, [math.nan, 100], equal_nan=True)
+        assert np.array_equal(y, [0.02, math.nan], equal_nan=True)
+    with pytest.raises(FileNotFoundError, match="holds no log.jsonl: give the folder of a run"):
+        (tmp_path / "pipe").mkdir()
+        os.mkfifo(tmp_path / "pipe" / "log.jsonl")
+        evaluate.plot([tmp_path / "pipe"], tmp_path / "y.png")

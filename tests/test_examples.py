@@ -16,6 +16,7 @@ import data
 import evaluate
 import meanflow
 import runtime
+import sample
 
 sys.path.insert(0, str(ROOT / "examples"))
 import own_network
@@ -75,9 +76,8 @@ def test_it_is_watched_drawn_and_scored_as_ours_are(runs, pictures, tmp_path):
     [scores] = [line for line in log(folder) if "fid" in line]
     sampler = own_network.load(folder)
     scorer = evaluate.load_scorer(pictures, None, (3, 8, 8), runtime.World())
-    path = folder / "ema-00000004.safetensors"
     options = dict(scorer=scorer, samples=evaluate.Samples(30), world=runtime.World())
-    again = evaluate.score(path, sampler, [], **options)
+    again = evaluate.score(sampler, [], **options)
     assert scores.pop("step") == 4 and scores.pop("fid") == pytest.approx(again.pop("fid"))
     assert scores == again
     picture = tmp_path / "picture.png"
@@ -112,3 +112,21 @@ def test_fresh_weights_depend_on_the_generator_alone():
     x, y = torch.randn(4, 1, 8, 8), torch.arange(4)
     loss, raw = method.loss(first, x, y, draws, 3)
     assert loss.shape == raw.shape == (4,)
+
+
+def test_pictures_that_are_not_square_are_drawn_as_they_are(tmp_path):
+    g = torch.Generator().manual_seed(0)
+    params = own_network.unet_method(3, 2).init(generator=g)
+    for kind, resolution, shape in (
+        ("pixels", "16", (3, 16, 16)),
+        ("pixels", "8x16", (3, 8, 16)),
+        ("latents", "64x128", (3, 8, 16)),
+    ):
+        about = {"kind": kind, "classes": '["a", "b"]', "resolution": resolution, "run": "{}"}
+        runtime.save_tensors(tmp_path / "ema-00000001.safetensors", params, about)
+        sampler = own_network.load(tmp_path)
+        assert sampler.shape == shape and sampler.kind == kind
+    assert sample.generate(sampler, torch.arange(2)).shape == (2, 3, 8, 16)
+    runtime.save_tensors(tmp_path / "ema-00000002.safetensors", params)
+    with pytest.raises(ValueError, match="ema-00000002.*(another network|give)"):
+        own_network.load(tmp_path)

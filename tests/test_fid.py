@@ -3,6 +3,7 @@
 test_inception.py covers the network.
 """
 
+import importlib
 from functools import reduce
 
 import numpy as np
@@ -148,3 +149,62 @@ def test_it_prints_inceptions_layers(monkeypatch, capsys):
     assert lines[5] == ["Mixed_5b", "4", "256,832"]
     whole = sum(int(line[2].replace(",", "")) for line in lines)
     assert whole == 23_885_392 - 1008 * 2049  # all but the last, linear one
+
+
+@pytest.mark.parametrize("features", [(2, 5), (5,), (2, 3, 1), (), (0, 3), (2, 0)])
+def test_features_of_another_shape_change_no_statistics(features):
+    """None are broadcast, and a mean of nothing would be NaN."""
+    state = fid.accumulate(None, randn(0, 4, 3))
+    before = [torch.as_tensor(value).clone() for value in state]
+    with pytest.raises(
+        ValueError, match="^features are|^items have 3 and 5 features: give as many"
+    ):
+        fid.accumulate(state, torch.zeros(features))
+    assert all(torch.equal(torch.as_tensor(a), b) for a, b in zip(state, before))
+    with pytest.raises(ValueError, match="^items have 3 and 1 features: give as many of each$"):
+        fid.merge(state, fid.accumulate(None, randn(1, 4, 1)))
+
+
+def negative(sigma):
+    """Return it with its largest eigenvalue at -2e-6 of what the others add up to."""
+    values, vectors = torch.linalg.eigh(sigma)
+    values[-1] = -2e-6 * values[:-1].sum()
+    return vectors * values @ vectors.T
+
+
+@pytest.mark.parametrize(
+    "change",
+    [lambda s: -s, negative, lambda s: torch.eye(len(s)) - 0.9999, lambda s: s - s.diag().diag()],
+)
+def test_what_is_no_covariance_has_no_distance(change):
+    sigma, mu = covariance(0, 192), randn(1, 192)
+    for pair in ((change(sigma), sigma), (sigma, change(sigma)), (change(sigma),) * 2):
+        with pytest.raises(
+            ValueError, match="^no covariance has an eigenvalue -.*: compute it anew"
+        ):
+            fid.frechet_distance(mu, pair[0], mu, pair[1])
+
+
+@pytest.mark.parametrize("sums", [torch.float64, torch.float32])
+def test_single_precision_keeps_a_covariance_one(sums):
+    """Of fewer items than dimensions, whose mean is as large as their deviation."""
+    x = (randn(0, 100, 64) @ randn(1, 64, 300) / 8 + 1).relu().to(sums)
+    mu, sigma = x.mean(0), x.T @ x / 100 - x.mean(0).outer(x.mean(0))
+    mu, sigma = mu.float(), ((sigma + sigma.T) / 2).float()
+    assert torch.linalg.eigvalsh(sigma.double())[0] < -1e-10 * sigma.trace()
+    assert fid.frechet_distance(mu, sigma, mu, sigma) < 1e-4 * sigma.trace()
+    assert fid.frechet_distance(mu, 0 * sigma, mu, 0 * sigma) == 0
+
+
+@pytest.mark.parametrize("shapes", [((1,), (3, 3)), ((3,), (3,)), ((3, 1), (3, 3)), ((), ())])
+def test_statistics_of_other_shapes_have_no_distance(shapes):
+    mu, sigma = randn(0, 3), covariance(1, 3)
+    bad = [torch.ones(shape) for shape in shapes]
+    for inputs in ((mu, sigma, *bad), (*bad, mu, sigma), (*bad, *bad)):
+        with pytest.raises(ValueError, match=r"^statistics are \[.*\]: give \(d,\), \(d, d\)"):
+            fid.frechet_distance(*inputs)
+
+
+@pytest.mark.parametrize("name", ["meanflow", "dual", "model", "imf", "vae", "fid"])
+def test_every_terminal_can_show_what_a_file_to_copy_says_of_itself(name):
+    assert importlib.import_module(name).__doc__.isascii()  # which is what --help prints

@@ -9,6 +9,7 @@ hang, gigabytes of memory, or a wrong number where a checksum is known. More var
 import json
 import os
 import random
+import re
 import resource
 import time
 
@@ -25,6 +26,7 @@ import evaluate
 import fid
 import model
 import runtime
+import sample
 import train
 import vae
 import weights
@@ -274,3 +276,102 @@ def test_damaged_files(monkeypatch, tmp_path, name):
                 assert other.read_bytes() == bytes_
     grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
     assert grown < MEGABYTES * 1024 and refused > VARIANTS / 10
+
+
+def pipe(path):
+    os.mkfifo(path)
+
+
+def device(path):
+    path.symlink_to("/dev/zero")
+
+
+def folder(path):
+    path.mkdir()
+
+
+def dangling(path):
+    path.symlink_to("nothing")
+
+
+def loop(path):
+    path.symlink_to(path.name)
+
+
+@pytest.mark.parametrize("kind", [pipe, device, folder, dangling, loop], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("name", FILES)
+def test_what_is_no_file_is_told_at_once(monkeypatch, tmp_path, name, kind):
+    """A pipe would be waited for, a device never ends."""
+    monkeypatch.setattr(vae, "WIDTHS", SMALL)
+    make, use, _ = FILES[name]
+    (tmp_path / "folder").mkdir()
+    path = make(tmp_path / "folder")
+    path.unlink()
+    kind(path)
+    begin = time.monotonic()
+    with pytest.raises((ValueError, OSError)) as error:
+        use(path)
+    assert str(path) in str(error.value) and "\n" not in str(error.value)
+    assert time.monotonic() - begin < 5
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_link_to_a_file_is_the_file(monkeypatch, tmp_path, name):
+    """As in caches of weights and data."""
+    monkeypatch.setattr(vae, "WIDTHS", SMALL)
+    monkeypatch.setattr(fid, "INCEPTION_SHA256", "")
+    make, use, _ = FILES[name]
+    (tmp_path / "folder").mkdir()
+    path = make(tmp_path / "folder")
+    if name in ("inception", "published inception"):  # too large, or not at hand
+        return
+    want = use(path)
+    path.rename(tmp_path / "elsewhere")
+    path.symlink_to(tmp_path / "elsewhere")
+    assert str(use(path)) == str(want)
+
+
+DTYPES = (torch.int8, torch.int64, torch.bool, torch.complex64, torch.float8_e4m3fn)
+
+
+@pytest.mark.parametrize("name", ["checkpoint", "pickled checkpoint", "state", "averages", "vae"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_tensors_of_other_dtypes_are_told(monkeypatch, tmp_path, name, dtype):
+    monkeypatch.setattr(vae, "WIDTHS", SMALL)
+    make, use, _ = FILES[name]
+    path = make(tmp_path)
+    if path.suffix == ".pt":
+        torch.save({k: p.to(dtype) for k, p in torch.load(path)["ema"].items()}, path)
+    else:
+        tensors, metadata = runtime.read_tensors(path, "redo it")
+        save_file({k: p.to(dtype) for k, p in tensors.items()}, path, metadata)
+    with pytest.raises(ValueError, match=f"{path.name}: .* is {dtype}, .*, should be dense torch"):
+        use(path)
+
+
+@pytest.mark.parametrize("script", [data, sample, evaluate, train], ids=lambda s: s.__name__)
+def test_an_empty_value_of_any_flag_is_an_error(script, capsys):
+    """As `--fid "$REF"` gives where REF is not set; it was as if the flag were not there."""
+    with pytest.raises(SystemExit):
+        script.main(["--help"], runtime.World())
+    flags = sorted(set(re.findall(r"--[a-z][a-z-]*", capsys.readouterr().out)))
+    assert len(flags) > 3
+    for flag in flags:
+        for argv in ([flag, ""], [flag, " "], [f"{flag}="]):
+            with pytest.raises(ValueError, match=f"^{flag}=? is empty: give a value, or leave it"):
+                script.main(["x", "y", *argv], runtime.World())
+
+
+def test_statistics_that_are_no_covariance(tmp_path):
+    chance = np.random.default_rng(0)
+    for variant in range(VARIANTS // 4):
+        d = int(chance.integers(2, 20))
+        factor = chance.standard_normal((d, d))
+        path, sigma = tmp_path / "ref.npz", factor @ factor.T
+        np.savez(path, mu=factor[0], sigma=sigma)
+        assert evaluate.load_statistics(path)[1].shape == (d, d)
+        values, vectors = np.linalg.eigh(sigma)
+        values[chance.integers(d)] = -values[-1] * 10 ** chance.uniform(-2, 1)
+        np.savez(path, mu=factor[0], sigma=(vectors * values) @ vectors.T)
+        with pytest.raises(ValueError, match="ref.npz"):
+            evaluate.load_statistics(path)

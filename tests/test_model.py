@@ -94,6 +94,25 @@ def test_tensors_that_are_no_dit_are_named(change, message):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("block", [0, 1, 2])
+@pytest.mark.parametrize("name", ["attn.qkv.weight", "mlp.fc1.bias", "adaLN_modulation.1.bias"])
+def test_a_block_without_one_of_its_tensors_is_an_error(block, name):
+    """It was left out, with the blocks after it, or went without its bias."""
+    params = small(size=(64, 3, 2))
+    del params[f"blocks.{block}.{name}"]
+    with pytest.raises(KeyError, match=f"blocks.{block}.{name}"):
+        model.dit(params, *inputs(2))
+
+
+def test_a_missing_block_is_an_error_and_a_shallower_network_is_none():
+    params = small(size=(64, 3, 2))
+    last = {k: p for k, p in params.items() if not k.startswith("blocks.2.")}
+    assert len(model.block_params(last)) == 2
+    with pytest.raises(KeyError, match="blocks.1."):
+        model.dit({k: p for k, p in params.items() if "blocks.1." not in k}, *inputs(2))
+    assert model.block_params(params, "heads") == []
+
+
 def test_an_unknown_size_is_named():
     with pytest.raises(ValueError, match="'Z/3' is unknown: choose one of .*XL/2"):
         model.init("Z/3", generator=torch.Generator())

@@ -22,6 +22,7 @@ import test_vae
 import test_weights
 import torch
 from test_copy import ORDER
+from test_runtime import umask  # noqa: F401
 
 ROOT = Path(__file__).parent.parent
 MODULES = test_meanflow, test_dual, test_model, test_imf, test_vae, test_fid, test_inception
@@ -588,6 +589,39 @@ MUTANTS = {
          test_fid.test_nearest),
     ],
     "runtime": [
+        ("a seed of any size", "if not -(2**63) <= seed < 2**63:", "if False:",
+         test_runtime.test_a_seed_has_64_bits_and_may_be_negative),
+        ("a folder is read", "if not os.path.isfile(path):", "if not os.path.exists(path):",
+         [test_runtime.test_whatever_a_file_provokes_is_one_line, "folder"]),
+        ("a bad file for a bad disk", "kind = OSError if machine", "kind = OSError if False",
+         [test_runtime.test_a_bad_disk_is_told_from_a_bad_file, OSError(5, "Input/output error"),
+          OSError, "Input/output error"]),
+        ("pages of text", '" ".join(words.split())[:200]', "words",
+         [test_runtime.test_a_bad_disk_is_told_from_a_bad_file, TypeError("two\nlines"),
+          ValueError, "two lines"]),
+        ("what another process wrote is replaced", "            if new and path.exists():",
+         "            if False:", test_runtime.test_what_should_be_new_is_never_replaced),
+        ("a device is replaced", "if path.exists() and (new or not path.is_file()):", "if new:",
+         test_runtime.test_only_regular_files_are_replaced_and_links_are_not_followed),
+        ("more room for a missing permission", '" * full + "', '" + "',
+         [test_runtime.test_what_keeps_a_file_from_being_written_is_named,
+          OSError(13, "Permission denied"), "Permission denied): choose another place"]),
+        ("weights that only the owner reads", "        temporary.chmod(mode)\n", "",
+         [test_runtime.test_files_are_read_by_whom_the_user_lets, 0o022]),
+        ("tensors of any dtype", "p.dtype not in dtypes or ", "",
+         [test_runtime.test_tensors_are_dense_numbers_of_the_dtypes_wanted,
+          torch.zeros(2, dtype=torch.int8)]),
+        ("sparse tensors", "p.layout != torch.strided or ", "",
+         [test_runtime.test_tensors_are_dense_numbers_of_the_dtypes_wanted,
+          torch.zeros(2).to_sparse()]),
+        ("folders of the user are swept up", '("?" * 8).join(TEMPORARY)', '"*".join(TEMPORARY)',
+         test_runtime.test_sweeping_removes_leftovers_of_ours_and_nothing_else),
+        ("processes that differ", "if len(values) > 1:", "if len(values) > 2:",
+         test_runtime.test_processes_must_agree),
+        ("the second signal is noted, too", "        put_back()\n        with", "        with",
+         test_runtime.test_the_first_signal_is_noted_and_the_second_does_what_it_did),
+        ("an empty value is taken", "if not word or word.startswith", "if word.startswith",
+         [test_runtime.test_an_empty_value_is_an_error, ["--fid", ""], "--fid"]),
         ("32 bits of a seed", "(seed % 2**64, STREAMS", "(seed % 2**32, STREAMS",
          test_runtime.test_random_numbers_of_different_things_differ),
         ("streams that share numbers", "STREAMS.index(stream), k)", "0, STREAMS.index(stream) + k)",
@@ -733,6 +767,9 @@ CRASHES = {  # the others: an assertion, or an error that is not raised
     "any kernel for a tangent": NotImplementedError,
     "no class velocities where r != t": RuntimeError,
     "integers of Python alone": ValueError,
+    "a folder is read": OSError,
+    "a bad file for a bad disk": ValueError,
+    "sparse tensors": RuntimeError,
     "times of the weights' precision alone": RuntimeError,
 }
 METHOD = "meanflow", "model", "dual"  # the mutants of the other files are slow
@@ -764,7 +801,7 @@ def test_mutant_is_caught(monkeypatch, request, file, wrong, old, new, test):
     exec(compile(source.replace(old, new), mutant.__file__, "exec"), mutant.__dict__)
     function, *arguments = test if isinstance(test, list) else [test]
     for place, parameter in enumerate(inspect.signature(function).parameters):
-        if parameter in ("capsys", "monkeypatch", "tmp_path"):
+        if parameter in ("capfd", "capsys", "monkeypatch", "tmp_path", "umask"):
             arguments.insert(place, request.getfixturevalue(parameter))
     put_in_place(monkeypatch, importlib.import_module(file), mutant)
     if file == "dual":  # whose mutants change torch, too, and are tested in float64

@@ -3,7 +3,11 @@
 import argparse
 import errno
 import json
+import os
+import re
 import signal
+import socket
+import stat
 import subprocess
 import sys
 from datetime import timedelta
@@ -13,7 +17,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from processes import LAUNCH, ROOT, finish, run, start
+from processes import ENVIRONMENT, LAUNCH, ROOT, finish, run, start
+from safetensors import SafetensorError
+from safetensors.torch import save
+from torch._dynamo.exc import TorchDynamoException
 
 import runtime
 from runtime import generator
@@ -51,9 +58,14 @@ def test_random_numbers_are_those_of_numpys_mersenne_twister_in_the_same_state(s
     assert torch.equal(torch.randint(2**20, (1500,), generator=g), want % 2**20)
 
 
-def test_a_seed_may_be_negative():
-    a, b = (torch.rand(3, generator=generator(seed, "init", 0)) for seed in (-1, 1))
-    assert (a != b).all()
+def test_a_seed_has_64_bits_and_may_be_negative():
+    """2^64 was taken for 0."""
+    ends = (-(2**63), -1, 0, 1, 2**63 - 1)
+    firsts = {torch.rand(3, generator=generator(seed, "init", 0))[0].item() for seed in ends}
+    assert len(firsts) == len(ends)
+    for seed in (2**64, 2**63, -(2**63) - 1):
+        with pytest.raises(ValueError, match=f"^seed {seed} is out of range: give one of 64 bits$"):
+            generator(seed, "init", 0)
 
 
 @slow
@@ -76,15 +88,83 @@ def test_a_file_is_whole_or_as_before(tmp_path):
     for text in ("one", "two"):
         with runtime.atomic_write(path) as temporary:
             temporary.write_text(text)
-            assert temporary.name.startswith(runtime.TEMPORARY) and temporary.parent == tmp_path
+            assert temporary.name == path.name  # so formats that look at it do as with `path`
+            assert re.fullmatch(r"\.meanflow-\w{8}\.tmp", temporary.parent.name)
+            assert temporary.parent.parent == tmp_path
             assert not path.exists() if text == "one" else path.read_text() == "one"
         assert path.read_text() == text
-    full = OSError(errno.ENOSPC, "No space left on device")
-    with pytest.raises(OSError, match="x.txt cannot be written .*No space.*: make room and run"):
-        with runtime.atomic_write(path) as temporary:
+    for error in (OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt()):
+        with pytest.raises((OSError, KeyboardInterrupt)), runtime.atomic_write(path) as temporary:
             temporary.write_text("thr")
-            raise full
-    assert path.read_text() == "two" and list(tmp_path.iterdir()) == [path]
+            raise error
+        assert path.read_text() == "two" and list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize(
+    "error, words",
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), "No space left on device): make room"),
+        (OSError(errno.EDQUOT, "Disk quota exceeded"), "Disk quota exceeded): make room and run"),
+        (SafetensorError("I/O: No space left on device (os error 28)"), "28)): make room and run"),
+        (OSError(errno.EACCES, "Permission denied"), "Permission denied): choose another place"),
+        (OSError(errno.EIO, "Input/output error"), "Input/output error): choose another place"),
+    ],
+)
+def test_what_keeps_a_file_from_being_written_is_named(tmp_path, error, words):
+    with pytest.raises(OSError) as found, runtime.atomic_write(tmp_path / "x.txt"):
+        raise error
+    message = str(found.value)
+    assert message.startswith(f"{tmp_path / 'x.txt'} cannot be written (") and words in message
+
+
+def test_only_regular_files_are_replaced_and_links_are_not_followed(tmp_path):
+    (tmp_path / "folder").mkdir()
+    os.mkfifo(tmp_path / "fifo")
+    for name in ("folder", "fifo", "/dev/null", "missing/x"):
+        words = "No such file" if name == "missing/x" else "it exists"
+        with pytest.raises(OSError, match=f"{name} cannot be written .{words}.*: choose another p"):
+            with runtime.atomic_write(tmp_path / name):
+                pass
+    assert stat.S_ISFIFO((tmp_path / "fifo").stat().st_mode)
+    (tmp_path / "thesis").write_text("mine")
+    (tmp_path / "link").symlink_to("thesis")
+    with runtime.atomic_write(tmp_path / "link") as temporary:
+        temporary.write_text("ours")
+    assert (tmp_path / "thesis").read_text() == "mine" and (tmp_path / "link").read_text() == "ours"
+
+
+def test_what_should_be_new_is_never_replaced(tmp_path):
+    """Neither what was there before, nor what another process finished first."""
+    path = tmp_path / "x.npz"
+    with pytest.raises(OSError, match="x.npz cannot be written .another process has .*: choose a"):
+        with runtime.atomic_write(path, new=True) as mine:
+            with runtime.atomic_write(path, new=True) as other:
+                other.write_text("first")
+            mine.write_text("second")
+    with pytest.raises(OSError, match="x.npz cannot be written .it exists.: choose another place"):
+        with runtime.atomic_write(path, new=True):
+            raise AssertionError("the work is done in vain")
+    assert path.read_text() == "first" and list(tmp_path.iterdir()) == [path]
+
+
+@pytest.fixture
+def umask():
+    before = os.umask(0)
+    yield os.umask
+    os.umask(before)
+
+
+@pytest.mark.parametrize("mask", [0o077, 0o022, 0o002])
+def test_files_are_read_by_whom_the_user_lets(tmp_path, umask, mask):
+    umask(mask)
+    runtime.save_tensors(tmp_path / "x.safetensors", {"x": torch.ones(1)})
+    with runtime.atomic_write(tmp_path / "x.txt") as temporary:
+        temporary.write_text("x")
+    runtime.append_line(tmp_path / "x.jsonl", {})
+    for path in tmp_path.iterdir():
+        assert path.stat().st_mode & 0o777 == 0o666 & ~mask, path
+    runtime.lock_folder(tmp_path).release()
+    assert not (tmp_path / ".lock").stat().st_mode & mask
 
 
 def test_tensors_are_read_as_they_were_written(tmp_path):
@@ -92,18 +172,66 @@ def test_tensors_are_read_as_they_were_written(tmp_path):
     runtime.save_tensors(path, {"turned": p.T, "whole": torch.tensor(3)}, {"a": "b"})
     tensors, metadata = runtime.read_tensors(path, "redo it")
     assert torch.equal(tensors["turned"], p.T) and tensors["whole"] == 3 and metadata == {"a": "b"}
-    assert path.stat().st_mode & 0o777 == 0o644
     runtime.save_tensors(path, {"x": torch.ones(1)})
     assert runtime.read_tensors(path, "redo it")[1] == {}
-    path.write_bytes(path.read_bytes()[:-1])
-    with pytest.raises(ValueError, match=r"x\.safetensors is not a whole safetensors .*: redo it$"):
+
+
+FOREIGN = {
+    "cut": lambda path: path.write_bytes(save({"x": torch.ones(9)})[:-1]),
+    "empty": lambda path: path.write_bytes(b""),
+    "a header that claims 2^60 bytes": lambda path: path.write_bytes(b"\0" * 7 + b"\x10{}"),
+    "text": lambda path: path.write_text("thesis"),
+    "folder": lambda path: path.mkdir(),
+    "pipe": lambda path: os.mkfifo(path),
+    "link to nothing": lambda path: path.symlink_to("nothing"),
+    "link to a device": lambda path: path.symlink_to("/dev/zero"),
+    "loop of links": lambda path: path.symlink_to(path.name),
+    "missing": lambda path: None,
+}
+
+
+@pytest.mark.parametrize("kind", FOREIGN)
+def test_whatever_a_file_provokes_is_one_line(tmp_path, kind):
+    """Nothing hangs, either: a pipe waits for ever, a device never ends."""
+    path = tmp_path / "x.safetensors"
+    FOREIGN[kind](path)
+    readable = path.is_file()
+    what = "cannot be read (" if readable else "is not a file: redo it"
+    with pytest.raises(ValueError if readable else FileNotFoundError) as error:
         runtime.read_tensors(path, "redo it")
-    with pytest.raises(FileNotFoundError, match="no.safetensors is not a file: redo it$"):
-        runtime.read_tensors(tmp_path / "no.safetensors", "redo it")
+    message = str(error.value)
+    assert message.startswith(f"{path} {what}") and message.endswith(": redo it")
+    assert "\n" not in message and len(message) < len(str(path)) + 250
+    if not readable and kind != "missing":
+        with pytest.raises(
+            FileNotFoundError, match="x.safetensors is not a file: choose another f"
+        ):
+            runtime.read_lines(path)
+        with pytest.raises(FileNotFoundError, match="x.safetensors is not a file: give a file"):
+            runtime.sha256(path)
+
+
+@pytest.mark.parametrize(
+    "error, kind, words",
+    [
+        (OSError(errno.EIO, "Input/output error"), OSError, "Input/output error"),
+        (PermissionError(errno.EACCES, "Permission denied"), OSError, "Permission denied"),
+        (OSError("image file is truncated"), ValueError, "image file is truncated"),
+        (KeyError("mu"), ValueError, "'mu'"),
+        (MemoryError(), OSError, "MemoryError"),
+        (TypeError("two\nlines " + 300 * "x"), ValueError, "two lines " + 190 * "x"),
+    ],
+)
+def test_a_bad_disk_is_told_from_a_bad_file(tmp_path, error, kind, words):
+    (tmp_path / "x").write_text("x")
+    with pytest.raises(kind) as found, runtime.reading(tmp_path / "x", "redo it"):
+        raise error
+    assert str(found.value) == f"{tmp_path / 'x'} cannot be read ({words}): redo it"
+    assert isinstance(found.value, OSError) == (kind is OSError)
 
 
 def test_other_tensors_are_named():
-    shapes, tensors = {"a": (2,), "b": ()}, {"a": torch.zeros(2), "b": torch.tensor(1)}
+    shapes, tensors = {"a": (2,), "b": ()}, {"a": torch.zeros(2), "b": torch.tensor(1.0)}
     runtime.check_tensors("x", tensors, shapes, "redo it")
     for change, words in (
         ({"a": torch.zeros(3)}, r"x: a is \(3,\), should be \(2,\): redo it"),
@@ -116,6 +244,27 @@ def test_other_tensors_are_named():
         runtime.check_tensors("x", {"a": torch.zeros(2)}, shapes, "redo it")
 
 
+ODD = [torch.zeros(2).to(dtype) for dtype in (torch.int8, torch.int64, torch.bool, torch.complex64)]
+ODD += [torch.zeros(2).to(torch.float8_e4m3fn), torch.zeros(2, device="meta")]
+ODD += [torch.zeros(2).to_sparse()]
+
+
+@pytest.mark.parametrize("p", ODD, ids=lambda p: f"{p.dtype} {p.layout} {p.device}")
+def test_tensors_are_dense_numbers_of_the_dtypes_wanted(p):
+    for dtype in runtime.FLOATS:
+        runtime.check_tensors("x", {"a": torch.zeros(2, dtype=dtype)}, {"a": (2,)}, "redo it")
+    words = (
+        f"^x: a is {p.dtype}, {p.layout}, on {p.device}, should be dense torch.float16 or .*64: r"
+    )
+    with pytest.raises(ValueError, match=words):
+        runtime.check_tensors("x", {"a": p}, {"a": (2,)}, "redo it")
+    with pytest.raises(
+        ValueError, match="torch.float16, .*, should be dense torch.float32: redo it"
+    ):
+        half = {"a": torch.zeros(2).half()}
+        runtime.check_tensors("x", half, {"a": (2,)}, "redo it", [torch.float32])
+
+
 def test_lines_that_a_kill_cut_short_are_none_and_spoil_none(tmp_path):
     path = tmp_path / "log.jsonl"
     assert runtime.read_lines(path) == []
@@ -126,7 +275,7 @@ def test_lines_that_a_kill_cut_short_are_none_and_spoil_none(tmp_path):
     assert runtime.read_lines(path) == [{"step": k} for k in range(3)]
     runtime.append_line(path, {"step": 3})
     assert path.read_text().endswith('{"step": 5\n{"step": 3}\n')
-    path.write_bytes(b'[1]\n3\n\xff\n{"a": 1}\n')
+    path.write_bytes(b"[1]\n3\n\xff\n" + b"[" * 100_000 + b'\n{"a": 1}\n')
     assert runtime.read_lines(path) == [{"a": 1}]
 
 
@@ -153,26 +302,66 @@ def test_the_commit_is_named_whatever_the_folder(monkeypatch, tmp_path):
 # --- locks ---
 
 
-def test_locking_a_folder_sweeps_up_leftovers_and_nothing_else(tmp_path):
-    leftovers = ["meanflow-tmp-ema-00000010.safetensors", ".tmpAb12cD"]
-    others = ["tmp-notes.txt", "tmp.png", ".tmp", "ema-00000010.safetensors"]
-    for name in leftovers + others:
-        (tmp_path / name).write_text("x")
-    for name in ("meanflow-tmp-mine", ".tmp123456"):
-        (tmp_path / name).mkdir()
+def contents(folder):
+    """Return what is in a folder, and in the folders in it."""
+    return {str(p.relative_to(folder)): p.is_file() and p.read_text() for p in folder.rglob("*")}
+
+
+def test_locking_a_folder_changes_nothing_in_it(tmp_path):
+    """The folder may be somebody else's, as its lock may."""
+    for name in (".lock", ".tmpBackup", ".tmp123456", "meanflow-tmp-mine", "ema-1.safetensors"):
+        (tmp_path / name).write_text("mine")
+    (tmp_path / ".meanflow-abcdefgh.tmp").mkdir()
+    before = contents(tmp_path)
     runtime.lock_folder(tmp_path).release()
-    kept = {path.name for path in tmp_path.iterdir()}
-    assert kept == {*others, "meanflow-tmp-mine", ".tmp123456", ".lock"}
+    assert contents(tmp_path) == before
+
+
+def test_a_lock_does_not_follow_links(tmp_path):
+    (tmp_path / "thesis").write_text("mine")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / ".lock").symlink_to("../thesis")
+    with pytest.raises(OSError, match="run cannot be locked .*links.*: choose one on another disk"):
+        runtime.lock_folder(tmp_path / "run")
+    assert (tmp_path / "thesis").read_text() == "mine"
+
+
+def test_sweeping_removes_leftovers_of_ours_and_nothing_else(tmp_path):
+    leftover = tmp_path / ".meanflow-a1b2c3_d.tmp"
+    leftover.mkdir()
+    (leftover / "ema-00000010.safetensors").write_text("half")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis").write_text("mine")
+    (tmp_path / ".meanflow-a1b2c3d4.tmp").symlink_to("mine")
+    (tmp_path / ".meanflow-notes.tmp").mkdir()
+    for name in (".tmpBackup", ".meanflow-notes.tmp/x", ".meanflow-file1234.tmp", "meanflow-tmp-x"):
+        (tmp_path / name).write_text("mine")
+    before = contents(tmp_path)
+    runtime.sweep(tmp_path)
+    gone = {leftover.name, f"{leftover.name}/ema-00000010.safetensors"}
+    assert before.keys() - contents(tmp_path).keys() == gone
+
+
+@slow
+def test_a_killed_process_leaves_what_the_next_one_sweeps_up(tmp_path):
+    code = "import pathlib, runtime, sys\n"
+    code += "with runtime.atomic_write(pathlib.Path(sys.argv[1], 'x')) as temporary:\n"
+    code += "    temporary.write_text('half'); print('writing', flush=True); sys.stdin.read()"
+    process = start("-c", code, tmp_path, stdin=subprocess.PIPE)
+    assert process.stdout.readline() == "writing\n"
+    process.kill()
+    process.wait()
+    assert [path.suffix for path in tmp_path.iterdir()] == [".tmp"]
+    runtime.sweep(tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_folder_has_one_lock_at_a_time(tmp_path):
     lock = runtime.lock_folder(tmp_path / "run")
-    (tmp_path / "run" / "meanflow-tmp-x").write_text("being written")
     words = "another process is writing to .*run: wait until it ends, or choose another folder"
     for _ in range(2):
         with pytest.raises(ValueError, match=words):
             runtime.lock_folder(tmp_path / "run")
-    assert (tmp_path / "run" / "meanflow-tmp-x").exists()
     lock.release()
     runtime.lock_folder(tmp_path / "run").release()
     (tmp_path / "file").write_text("mine")
@@ -236,22 +425,30 @@ def test_more_processes_than_gpus(monkeypatch):
         runtime.pick_device(2)
 
 
-def test_signals_are_noted_and_handlers_put_back():
-    def own(*_):
-        raise AssertionError("the handler from before")
+def test_the_first_signal_is_noted_and_the_second_does_what_it_did(capfd):
+    numbers, seen, noted = (signal.SIGTERM, signal.SIGINT), [], []
 
-    numbers = signal.SIGTERM, signal.SIGINT
+    def own(number, _):
+        seen.append(number)
+
     first = [signal.getsignal(number) for number in numbers]
     try:
+        for number in numbers:
+            signal.signal(number, own)
+        for number in numbers:
+            for second in numbers:
+                with runtime.signals(lambda: noted.append(1), "saving"):
+                    signal.raise_signal(number)
+                    assert noted == [1] and not seen
+                    assert capfd.readouterr().err == "\nsaving; the next signal ends at once\n"
+                    signal.raise_signal(second)
+                    assert noted == [1] and seen == [second]
+                    noted.clear(), seen.clear()
         for handler in (own, signal.SIG_IGN, signal.SIG_DFL):
             for number in numbers:
                 signal.signal(number, handler)
-            for number in numbers:
-                with runtime.noted_signals() as event:
-                    assert not event.is_set()
-                    signal.raise_signal(number)
-                    assert event.is_set()
-            with pytest.raises(ZeroDivisionError), runtime.noted_signals():
+            with pytest.raises(ZeroDivisionError), runtime.signals(list, "saving"):
+                assert signal.getsignal(number) is not handler
                 raise ZeroDivisionError
             assert [signal.getsignal(number) for number in numbers] == [handler, handler]
     finally:
@@ -268,7 +465,7 @@ def test_one_process_is_the_first_and_only_one(capsys):
     assert capsys.readouterr() == ("one 2\n", "error\n")
 
 
-SCRIPT = """
+SCRIPT = r"""
 import os, sys, torch
 sys.path.insert(0, {root!r})
 import runtime
@@ -285,6 +482,8 @@ def main(argv, world):
         raise OSError("no disk: give another")
     if what == "memory" and last:
         raise torch.OutOfMemoryError("pages of text")
+    if what == "escape" and last:
+        raise ValueError("\x1b[2Jb\udce9d")
     if what == "interrupt" and last:
         raise KeyboardInterrupt
     if what == "unforeseen" and last:
@@ -305,6 +504,7 @@ def test_how_a_script_ends(tmp_path, world):
         "foreseen": "script.py: bad input: give another",
         "alike": "script.py: no disk: give another",
         "memory": "script.py: the GPU is out of memory: free it, or give train.py --accumulate 2",
+        "escape": r"script.py: \x1b[2Jb\udce9d",
         "unforeseen": "TypeError: a slip",
     }
     launcher = [*LAUNCH, world] if world > 1 else []
@@ -316,6 +516,132 @@ def test_how_a_script_ends(tmp_path, world):
         assert (process.returncode == 0) == (what == "well"), errors
         assert ours.count("script.py: ") == (what not in ("well", "unforeseen"))
         assert cases[what] in ours and ("Traceback" in ours) == (what == "unforeseen")
+
+
+def failing(build):
+    try:
+        build()
+    except Exception as error:
+        return error
+
+
+@pytest.mark.parametrize(
+    "error, line",
+    [
+        (ValueError("bad: give another"), "bad: give another"),
+        (OSError(5, "Input/output error", "x"), "[Errno 5] Input/output error: 'x'"),
+        (torch.OutOfMemoryError("pages"), "the GPU is out of memory: free it, or give train.py"),
+        (MemoryError(), "out of memory (MemoryError): give a smaller --batch or size"),
+        (failing(lambda: torch.empty(2**55)), "out of memory ([enforce fail at alloc_cpu.cpp:"),
+        (
+            TorchDynamoException("no g++"),
+            "the network cannot be compiled (no g++): give train.py --",
+        ),
+        (TypeError("a slip"), None),
+        (RuntimeError("a slip"), None),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_failures_that_are_no_mistake_of_ours_are_explained(error, line):
+    assert line is None or runtime.explain(error).startswith(line)
+    assert line or runtime.explain(error) is None
+
+
+@pytest.mark.parametrize("rank, size", [("5", "1"), ("-1", "2"), ("0", "0"), ("0", "x")])
+def test_processes_that_could_only_wait_for_ever_are_refused(monkeypatch, rank, size):
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.setenv("WORLD_SIZE", size)
+    with pytest.raises(
+        ValueError, match="RANK is 5 and WORLD_SIZE 1: start it with torchrun|RANK|x"
+    ):
+        runtime.join()
+
+
+def test_a_port_in_use_is_told_in_one_line(monkeypatch):
+    with socket.socket() as server:
+        server.bind(("localhost", 0))
+        server.listen()
+        port = str(server.getsockname()[1])
+        for name, value in dict(RANK="0", WORLD_SIZE="1", MASTER_ADDR="localhost").items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.setenv("MASTER_PORT", port)
+        with pytest.raises(ValueError, match="cannot meet .*: give torchrun another --master-port"):
+            runtime.join()
+
+
+def test_processes_must_agree(monkeypatch):
+    runtime.agree({"a": 1}, "data")
+    monkeypatch.setattr(runtime, "all_gather", lambda value: [value, {"b": 2, "a": 1}])
+    runtime.agree({"a": 1, "b": 2}, "data")
+    with pytest.raises(
+        ValueError, match="^processes see different data: put it on a disk that all"
+    ):
+        runtime.agree({"a": 1, "b": 3}, "data")
+
+
+STREAMS = r"""
+import runtime, os, sys, torch
+def main(argv, world):
+    runtime.say("d\xe9j\xe0 \udce9 \x1b[2J \u65e5")
+    print("d\xe9j\xe0 \udce9", flush=True)
+    print("error \xe9", file=sys.stderr)
+    open("ended", "w").write("well")
+runtime.launch(main)
+"""
+
+
+@slow
+@pytest.mark.parametrize(
+    "how, status",
+    [
+        ("PYTHONIOENCODING=ascii:strict {}", 0),
+        ("PYTHONIOENCODING=utf-8:strict {}", 0),
+        ("{} 2>&-", 0),
+        ("{} 0>&- >&- 2>&-", 0),
+        ("{} 2>/dev/full", 0),
+        ("{} >/dev/full", 1),  # what was asked for is lost
+        ("set -o pipefail; {} | true", 0),
+        ("set -o pipefail; {} 2>&1 | true", 0),
+    ],
+)
+def test_no_stream_ends_what_matters(tmp_path, how, status):
+    (tmp_path / "script.py").write_text(STREAMS)
+    environment = ENVIRONMENT | {"PYTHONPATH": str(ROOT)}
+    command = how.format(f"{sys.executable} script.py")
+    options = dict(cwd=tmp_path, env=environment, capture_output=True, errors="replace")
+    done = subprocess.run(["bash", "-c", command], **options)
+    assert done.returncode == status, done.stderr
+    assert (tmp_path / "ended").read_text() == "well"
+    assert "Traceback" not in done.stderr and "Exception" not in done.stderr
+    if "utf-8" in how:
+        assert done.stdout == "d\xe9j\xe0 \\udce9 \\x1b[2J \u65e5\nd\xe9j\xe0 \\udce9\n"
+    if "/dev/full" in how and status:
+        assert "what was printed is lost (No space left on device)" in done.stderr
+
+
+@slow
+def test_a_second_signal_ends_what_the_first_cannot(tmp_path):
+    """The first takes back what is half done; a thread that hangs does not keep the process."""
+    (tmp_path / "script.py").write_text(
+        "import runtime, pathlib, threading, time\n"
+        "def main(argv, world):\n"
+        "    with runtime.atomic_write(pathlib.Path('x')) as temporary:\n"
+        "        temporary.write_text('half')\n"
+        "        try:\n"
+        "            print('working', flush=True); time.sleep(100)\n"
+        "        except KeyboardInterrupt:\n"
+        "            print('hanging', flush=True); time.sleep(100)\n"
+        "runtime.launch(main)\n"
+    )
+    environment = ENVIRONMENT | {"PYTHONPATH": str(ROOT)}
+    process = start("script.py", cwd=tmp_path, env=environment)
+    assert process.stdout.readline() == "working\n"
+    process.send_signal(signal.SIGTERM)
+    assert process.stdout.readline() == "hanging\n"
+    process.send_signal(signal.SIGINT)
+    assert process.communicate(timeout=20)[1] == "\nending; the next signal ends at once\n"
+    assert process.returncode == 130
+    assert [path.name for path in tmp_path.iterdir()] == ["script.py"]
 
 
 def test_processes_wait_for_each_other_for_days(monkeypatch):
@@ -361,8 +687,12 @@ def parse(kind, text):
         (runtime.number(int, 1), "1", 1),
         (runtime.number(int, 2), "7", 7),
         (runtime.number(float, 0), "1e-9", 1e-9),
-        (runtime.number(int, 1), "0", "argument --x: 0: give 1 or more"),
-        (runtime.number(int, 2), "1", "argument --x: 1: give 2 or more"),
+        (runtime.number(int, -3, 3), "-3", -3),
+        (runtime.number(int, 0), "0", 0),
+        (runtime.number(int, 1), "0", "argument --x: 0: give 1 to 2147483648"),
+        (runtime.number(int, 2, 9), "1", "argument --x: 1: give 2 to 9"),
+        (runtime.number(int, 2, 9), "10", "argument --x: 10: give 2 to 9"),
+        (runtime.number(int, 1), "9" * 20, f"argument --x: {'9' * 20}: give 1 to 2147483648"),
         (runtime.number(int, 1), "1.5", "argument --x: invalid int value: '1.5'"),
         (runtime.number(float, 0), "0", "argument --x: 0: give a number above 0"),
         (runtime.number(float, 0), "-1", "argument --x: -1: give a number above 0"),
@@ -371,7 +701,8 @@ def parse(kind, text):
         (runtime.number(float, 0), "x", "argument --x: invalid float value: 'x'"),
         (runtime.numbers(int, "as 3,1,4"), "3,1,4", [3, 1, 4]),
         (runtime.numbers(int, "as 3,1,4"), "3", [3]),
-        (runtime.numbers(int, "as 3,1,4"), "", "argument --x: : give numbers, as 3,1,4"),
+        (runtime.numbers(float, "as 3"), "1,nan", "argument --x: 1,nan: give numbers, as 3"),
+        (runtime.numbers(float, "as 3"), "inf", "argument --x: inf: give numbers, as 3"),
         (runtime.numbers(int, "as 3,1,4"), "3,,4", "argument --x: 3,,4: give numbers, as 3,1,4"),
         (runtime.numbers(float, "two", 2), "0.4,1", [0.4, 1.0]),
         (runtime.numbers(float, "two", 2), "0.4", "argument --x: 0.4: give numbers, two"),
@@ -392,6 +723,27 @@ def test_bad_arguments_are_told_in_one_line():
     assert "what it does\n    as it stands" in arguments.format_help()
     with pytest.raises(ValueError, match="^unrecognized arguments: --speed 9$"):
         arguments.parse_args(["--speed", "9"])
+
+
+@pytest.mark.parametrize(
+    "argv, what",
+    [
+        (["--fid", ""], "--fid"),
+        (["--fid", " \t"], "--fid"),
+        (["--fid="], "--fid="),
+        (["--fid", "x", "--out="], "--out="),
+        (["", "--fid", "x"], "the first argument"),
+    ],
+)
+def test_an_empty_value_is_an_error(argv, what):
+    """As of a shell's variable that is not set."""
+    arguments = runtime.parser("what it does")
+    arguments.add_argument("what", nargs="?")
+    arguments.add_argument("--fid")
+    arguments.add_argument("--out")
+    assert arguments.parse_args(["--fid", "a=", "--out=b"]).fid == "a="
+    with pytest.raises(ValueError, match=f"^{what} is empty: give a value, or leave it out$"):
+        arguments.parse_args(argv)
 
 
 def test_what_would_be_ignored_is_refused():

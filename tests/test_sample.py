@@ -37,7 +37,7 @@ def test_the_readmes_command(checkpoint, monkeypatch, capsys):
             out = folder.parent / "new" / f"{steps}.png"
             words = ["--classes", "3,1,4", "--steps", str(steps), "--seed", "5", "--out", str(out)]
             sample.main([str(source), *words], runtime.World())
-            assert capsys.readouterr().out == f"{out}\n"
+            assert capsys.readouterr().out == f"{out}: classes 3, 1, 4\n"
             picture, gap = np.asarray(Image.open(out)), sample.GAP
             assert picture.shape == (32 + 2 * gap, 3 * 32 + 4 * gap) and picture.dtype == np.uint8
             images = sample.generate(sampler, torch.tensor([3, 1, 4]), steps=steps, seed=5)
@@ -51,7 +51,7 @@ def test_the_readmes_command(checkpoint, monkeypatch, capsys):
                     .repeat_interleave(4, 1)
                 )
                 assert (tile == want.numpy()).all()
-    assert not list(folder.parent.rglob("*tmp-*"))
+    assert not list(folder.parent.rglob(".*"))
 
 
 def test_a_sample_depends_on_seed_and_index_alone(checkpoint):
@@ -99,13 +99,40 @@ def test_a_grid_shows_its_classes_in_order_or_the_first_hundred_conditions():
 
 
 def test_classes_take_turns_or_are_drawn():
-    assert sample.choose_labels(5, [3, 1], 10).tolist() == [3, 1, 3, 1, 3]
-    assert sample.choose_labels(12, None, 10).tolist() == [*range(10), 0, 1]
-    drawn = sample.choose_labels(200, [3, 1], 10, uniform=True, seed=1)
+    names, some = [*map(str, range(10))], ["3", "1"]
+    assert sample.choose_labels(5, some, names).tolist() == [3, 1, 3, 1, 3]
+    assert sample.choose_labels(12, None, names).tolist() == [*range(10), 0, 1]
+    drawn = sample.choose_labels(200, some, names, uniform=True, seed=1)
     assert drawn.dtype == torch.int64 and set(drawn.tolist()) == {1, 3}
     assert 60 < (drawn == 3).sum() < 140
-    assert torch.equal(drawn[:7], sample.choose_labels(7, [3, 1], 10, uniform=True, seed=1))
-    assert (drawn != sample.choose_labels(200, [3, 1], 10, uniform=True, seed=2)).any()
+    assert torch.equal(drawn[:7], sample.choose_labels(7, some, names, uniform=True, seed=1))
+    assert (drawn != sample.choose_labels(200, some, names, uniform=True, seed=2)).any()
+
+
+def test_a_class_is_given_by_its_name_or_else_by_its_number(checkpoint, monkeypatch, capsys):
+    """Folders 0 to 10 are sorted as words: the name wins, and the line says what was drawn."""
+    names = ["0", "1", "10", "2", "a\x1b[2J", *"bcdef"]
+    chosen = {"2": [3], "10": [2], "4": [4], "b": [5], "b,3,0,2": [5, 3, 0, 3], "9,f": [9, 9]}
+    for classes, labels in chosen.items():
+        found = sample.choose_labels(len(labels), classes.split(","), names)
+        assert found.tolist() == labels and found.dtype == torch.int64
+    for word in ("11", "-1", "02", " 2", "", "B"):
+        with pytest.raises(ValueError, match=f'^class "{word}" is unknown: .* number from 0 to 9$'):
+            sample.choose_labels(2, ["1", word], names)
+
+    out, named = checkpoint[0].parent / "x.png", checkpoint[1]._replace(classes=names)
+    monkeypatch.setattr(sample, "open_sampler", lambda *_, **__: named)
+    for classes, told in {
+        "2": 'classes 3 "2" (number 2 is "10")',
+        "10,1": 'classes 2 "10", 1',
+        "5,4": r'classes 5 "b", 4 "a\x1b[2J"',
+        "3": 'classes 3 "2"',
+    }.items():
+        words = [str(checkpoint[0]), "--classes", classes]
+        sample.main([*words, "--out", str(out)], runtime.World())
+        assert capsys.readouterr().out == f"{out}: {told}\n"
+    sample.main([str(checkpoint[0]), "--out", str(out)], runtime.World())
+    assert capsys.readouterr().out == f"{out}\n"
 
 
 def test_colour_and_many_rows(tmp_path):
@@ -120,10 +147,22 @@ def test_colour_and_many_rows(tmp_path):
 @pytest.mark.parametrize(
     "flags, words",
     [
-        (["--classes", "3,12"], "class 12 is out of range"),
-        (["--classes", "-1"], "class -1 is out of range"),
-        (["--classes", "cat"], "argument --classes: cat: give numbers, as 3,1,4"),
-        (["--steps", "0"], "argument --steps: 0: give 1 or more"),
+        (
+            ["--classes", "3,12"],
+            'class "12" is unknown: give a class\'s name or a number from 0 to 9',
+        ),
+        (
+            ["--classes", "-1"],
+            'class "-1" is unknown: give a class\'s name or a number from 0 to 9',
+        ),
+        (
+            ["--classes", "cat"],
+            'class "cat" is unknown: give a class\'s name or a number from 0 to',
+        ),
+        (["--classes", "3,"], 'class "" is unknown: give a class\'s name or a number from 0 to 9'),
+        (["--steps", "0"], "argument --steps: 0: give 1 to 2147483648"),
+        (["--seed", str(2**64)], f"argument --seed: {2**64}: give {-(2**63)} to {2**63 - 1}"),
+        (["--seed", str(-(2**63) - 1)], f"argument --seed: {-(2**63) - 1}: give {-(2**63)} to "),
         (["--steps", "two"], "argument --steps: invalid int value: 'two'"),
         (["--out", "digits"], "digits has an unsupported image suffix: name it .png"),
     ],
@@ -167,8 +206,8 @@ def damage(name):
         ("extra", "blocks.0.mlp.fc3.bias is (3,), should be absent"),
         ("misshapen", "blocks.0.attn.qkv.weight is (3, 64), should be (192, 64)"),
         ("channels", "images of 4 channels cannot be shown"),
-        ("truncated", "is not a whole safetensors file"),
-        ("text", "is not a whole safetensors file"),
+        ("truncated", "cannot be read (Error while deserializing header: incomplete metadata"),
+        ("text", "cannot be read (Error while deserializing header: header too large"),
     ],
 )
 def test_bad_checkpoints(monkeypatch, checkpoint, kind, words):
@@ -198,14 +237,16 @@ def test_samples_are_written_as_single_images(checkpoint, tmp_path, capsys):
     want = ((x.clamp(-1, 1) + 1) * 127.5).round().byte()
     for path in (tmp_path / "new" / "pictures", tmp_path / "new" / "x.npz"):
         sample.main([*words, str(path)], runtime.World())
-        assert capsys.readouterr().out == f"{path}\n"
+        assert capsys.readouterr().out == f"{path}: classes 3, 1\n"
         images = torch.stack([*evaluate.load_images(path)])
         assert torch.equal(images, want.expand(-1, 3, -1, -1))
     with np.load(tmp_path / "new" / "x.npz") as file:
         assert file["arr_0"].shape == (7, 8, 8, 3) and file["arr_0"].dtype == np.uint8
     assert {p.name for p in (tmp_path / "new").iterdir()} == {"pictures", "x.npz"}
-    files = sorted((tmp_path / "new" / "pictures").iterdir())
-    assert [path.name for path in files] == [f"{k:06}.png" for k in range(7)]
+    lock, *files = sorted((tmp_path / "new" / "pictures").iterdir())
+    assert lock.name == ".lock" and [path.name for path in files] == [
+        f"{k:06}.png" for k in range(7)
+    ]
     assert (np.asarray(Image.open(files[5])) == want[5, 0].numpy()).all()
 
 
@@ -236,7 +277,7 @@ def test_a_full_disk_ends_with_one_line_and_leaves_nothing(checkpoint, tmp_path)
     full = start("-c", script, checkpoint[0], "--count", 900, "--images", path)
     _, errors = full.communicate(timeout=120)
     assert full.returncode == 1 and "Traceback" not in errors
-    assert f"sample.py: {path} cannot be written ([Errno 27] File too large): make room" in errors
+    assert f"sample.py: {path} cannot be written (File too large): make room" in errors
     assert not list((tmp_path / "new").iterdir())
 
 
@@ -250,24 +291,101 @@ def test_two_processes_write_one_file(checkpoint, tmp_path):
     assert one.shape == two.shape and abs(one.astype(int) - two).max() <= 1
 
 
-def test_samples_that_are_not_finite_are_no_images(checkpoint, tmp_path):
+@pytest.mark.parametrize("flags", [["--images", "x.npz"], ["--images", "x"], ["--out", "x.png"]])
+def test_samples_that_are_not_finite_are_no_images(checkpoint, monkeypatch, tmp_path, flags):
     sampler = checkpoint[1]
     bad = sampler._replace(params={name: p * 1e38 for name, p in sampler.params.items()})
+    monkeypatch.setattr(sample, "open_sampler", lambda *_, **__: bad)
+    words = [str(checkpoint[0]), flags[0], str(tmp_path / flags[1])]
     with pytest.raises(ValueError, match="samples have values that are not finite"):
-        sample.write_images(tmp_path / "x.npz", bad, torch.arange(4), runtime.World())
-    assert not list(tmp_path.glob("*.npz"))
+        sample.main(words, runtime.World())
+    assert not [p for p in tmp_path.rglob("x*") if p.is_file()]
+
+
+def test_latents_that_a_vae_makes_infinite_are_no_images(monkeypatch):
+    sampler = weights.Sampler({}, None, [], "latents", (4, 2, 2), vae=1.0)
+    monkeypatch.setattr(sample, "decode", lambda vae, z: z[:, :3] / 0)
+    with pytest.raises(ValueError, match="samples have values that are not finite"):
+        sample.to_uint8(torch.ones(2, 4, 2, 2), sampler)
+
+
+def meanwhile(monkeypatch, act):
+    """Call act() once, in the midst of what is drawn first."""
+    whole, acts = sample.draw_images, [act]
+
+    def draw(*arguments, **options):
+        for part in whole(*arguments, **options):
+            while acts:
+                acts.pop()()
+            yield part
+
+    monkeypatch.setattr(sample, "draw_images", draw)
+
+
+@pytest.mark.parametrize("name", ["x.npz", "S.NPZ"])
+def test_two_commands_that_write_one_file_do_not_mix(checkpoint, monkeypatch, tmp_path, name):
+    """The first to finish has the file, the other is refused."""
+    path, labels, world = tmp_path / "new" / name, torch.arange(120) % 10, runtime.World()
+    sample.write_images(tmp_path / "want.npz", checkpoint[1], labels, world, seed=1)
+
+    def other():
+        sample.write_images(path, checkpoint[1], labels, world, seed=1)
+
+    meanwhile(monkeypatch, other)
+    with pytest.raises(OSError, match="cannot be written .another process has written it meanw"):
+        sample.write_images(path, checkpoint[1], labels, world, seed=0)
+    assert path.read_bytes() == (tmp_path / "want.npz").read_bytes()
+    assert [p.name for p in path.parent.iterdir()] == [name]
+    with pytest.raises(OSError, match="cannot be written .it exists.: choose another place"):
+        sample.write_images(path, checkpoint[1], labels, world)
+
+
+def test_two_commands_that_write_one_folder_do_not_mix(checkpoint, monkeypatch, tmp_path):
+    """The first has it; when it has ended, the folder is not empty. A lock alone is nothing."""
+    path, refused, world = tmp_path / "new", [], runtime.World()
+    path.mkdir()
+    (path / ".lock").write_bytes(b"")
+
+    def other():
+        with pytest.raises(
+            ValueError, match="another process is writing to .*new: wait until"
+        ) as e:
+            sample.write_images(path, checkpoint[1], torch.arange(2), world, seed=1)
+        refused.append(e)
+
+    meanwhile(monkeypatch, other)
+    sample.write_images(path, checkpoint[1], torch.arange(3), world)
+    assert refused and sorted(p.name for p in path.iterdir()) == [
+        ".lock",
+        *(f"{k:06}.png" for k in range(3)),
+    ]
+    with pytest.raises(ValueError, match="--images .*new is not empty: choose another folder"):
+        sample.write_images(path, checkpoint[1], torch.arange(2), world)
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError(28, "No space left on device")])
+def test_what_is_interrupted_leaves_nothing(checkpoint, monkeypatch, tmp_path, error):
+    def stop():
+        raise error
+
+    meanwhile(monkeypatch, stop)
+    words = [str(checkpoint[0]), "--count", "3", "--images", str(tmp_path / "new" / "x.npz")]
+    with pytest.raises((KeyboardInterrupt, OSError)):
+        sample.main(words, runtime.World())
+    assert not list((tmp_path / "new").iterdir())
 
 
 @pytest.mark.parametrize(
     "flags, words",
     [
-        (["--images", "tests"], "--images tests already exists: give another name"),
-        (["--images", "README.md"], "--images README.md already exists: give another name"),
+        (["--images", "tests"], "--images tests is not empty: choose another folder"),
+        (["--images", "README.md"], "README.md is a file: choose another folder to write"),
+        (["--images", "/dev/null"], "/dev/null is a file: choose another folder to write"),
         (["--count", "9"], "--count would be ignored without --images: leave it out"),
         (["--uniform"], "--uniform would be ignored without --images: leave it out"),
         (["--images", "new", "--out", "x.png"], "--out would be ignored with --images: leave it"),
         (["--images", "new", "--omega", "1,2"], "--omega takes one number with --images: leave"),
-        (["--images", "new", "--count", "0"], "argument --count: 0: give 1 or more"),
+        (["--images", "new", "--count", "0"], "argument --count: 0: give 1 to 2147483648"),
         (["--vae", "x"], "run makes pixels: leave it out"),
         (["--scale", "1"], "--scale would be ignored as "),
         (["--scale", "0"], "argument --scale: 0: give a number above 0"),

@@ -1,6 +1,5 @@
 """train.py: a run is the same if it is killed, stopped or shared; bad input gets one line."""
 
-import io
 import json
 import math
 import os
@@ -10,17 +9,20 @@ import shutil
 import signal
 import time
 from collections import namedtuple
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from functools import partial
-from threading import Event
+from glob import glob
+from pathlib import Path
 from unittest import mock
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from conftest import paint
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 from processes import (
     LAUNCH,
     ROOT,
@@ -37,6 +39,7 @@ from processes import (
 )
 from safetensors import safe_open
 from safetensors.torch import load_file
+from torch._inductor.exc import InductorError
 
 import data
 import dual
@@ -132,25 +135,24 @@ def test_a_run_killed_at_random_continues_as_if_nothing_had_happened(undisturbed
     for k in range(20):
         before = weights.newest(folder)
         process = fork(*command(folder, "--save", "2"))
-        inside = (
-            chance.choice([".tmp*", "*tmp-state-*", "*tmp-ema-*", "*tmp-grid-*"])
-            if k % 2
-            else "nothing"
-        )
-        left = set(folder.glob(inside))  # by the process before; the next one sweeps it up
-        while weights.newest(folder) == before and set(folder.glob(inside)) <= left:
+        names = ("", "/state-*", "/ema-*", "/grid-*", "/curve.png", "/log.jsonl")
+        inside = f"{folder}/.meanflow-*.tmp" + chance.choice(names) if k % 2 else "nothing"
+        left = set(glob(inside))  # by the process before; the next one sweeps it up
+        while weights.newest(folder) == before and set(glob(inside)) <= left:
             assert process.poll() is None, "the run ended before it was killed"
         time.sleep(0 if k % 2 else 0.1 * chance.random())
         process.kill()
         process.wait()
-        halves += any(folder.glob("*tmp*"))
+        halves += any(folder.glob(".meanflow-*"))
         last = weights.newest(folder)
         assert last >= before and (last == 0 or all(final(folder, last)))
         with (folder / "log.jsonl").open("a") as log:
             log.write('{"step": 5')  # what a kill within a write leaves
     finish(fork(*command(folder, "--save", "2")))
     assert halves > 2, "too few kills came in the middle of saving"
-    assert not list(folder.glob("*tmp*"))
+    grids = {f"grid-{k:08}.png" for k in range(2, 61, 2)}
+    saves = {f"{kind}-{k:08}.safetensors" for kind in ("ema", "state") for k in (58, 60)}
+    assert {p.name for p in folder.iterdir()} == grids | saves | {"log.jsonl", ".lock", "curve.png"}
     assert [entry["step"] for entry in losses(folder)] == list(range(2, 61, 2))
     assert (folder / "grid-00000060.png").read_bytes() == (
         undisturbed[0] / "grid-00000060.png"
@@ -186,11 +188,11 @@ def test_ctrl_c_saves_too_and_elsewhere_ends_without_a_traceback(tmp_path):
     assert "stopped by a signal after step" in finish(process)[0] and weights.newest(folder) >= 7
     words = ["sample.py", folder, "--images", tmp_path / "x.npz", "--count", 10**6]
     process = start(*words)
-    wait_until(lambda: list(tmp_path.glob("*.npy")), process)
+    wait_until(lambda: glob(f"{tmp_path}/.meanflow-*.tmp/*.npy"), process)
     process.send_signal(signal.SIGINT)
     printed, errors = process.communicate(timeout=60)
     assert process.returncode == 130 and not printed and "Traceback" not in errors
-    assert not list(tmp_path.glob("*.np?"))
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
 @slow
@@ -415,11 +417,13 @@ def test_three_steps_are_adam_on_the_loss_and_the_average(tmp_path, parts):
 
 def logged(history, *errors):
     """Return the line that log_means writes of these rows, without its time, and what it shows."""
-    log, state = io.StringIO(), dict.fromkeys(("dataset", "plan", "state", "sampler"))
+    state = dict.fromkeys(("dataset", "plan", "state", "sampler"))
     method = train.Method("", *4 * [None], errors=errors)
-    run = train.Run(None, **state, method=method, metadata={}, log=log, world=World())
-    shown = train.log_means(run, history, 0.125, 77.77)
-    line = json.loads(log.getvalue())
+    run = train.Run(Path("x"), **state, method=method, metadata={}, lock=True, world=World())
+    with mock.patch.object(runtime, "append_line") as write:
+        shown = train.log_means(run, history, 0.125, 77.77)
+    [path, line] = write.call_args.args
+    assert path == Path("x", "log.jsonl") and json.loads(json.dumps(line)) == line
     assert line.pop("time") > 1.7e9
     return line, shown
 
@@ -589,17 +593,15 @@ def test_a_run_that_another_process_has_moved_on_is_not_cut_back(monkeypatch, tm
     assert [entry["step"] for entry in losses(tmp_path)] == [2, 4]
 
 
-@contextmanager
-def signal_at_once():
-    """Stand in for runtime.noted_signals: a signal comes before the first step."""
-    event = Event()
-    event.set()
-    yield event
+def signal_at_once(handler, notice):
+    """Stand in for runtime.signals: a signal comes before the first step."""
+    handler()
+    return nullcontext()
 
 
 def test_a_run_stopped_at_its_last_step_gets_its_picture(monkeypatch, tmp_path, capsys):
-    """Stopped before, it gets none."""
-    monkeypatch.setattr(runtime, "noted_signals", signal_at_once)
+    """Stopped before, it gets none until it goes on."""
+    monkeypatch.setattr(runtime, "signals", signal_at_once)
     monkeypatch.setattr(evaluate, "report", nothing)
     words = ["--batch", "8", "--out", str(tmp_path), "--steps"]
     train.main([*words, "11"], World())
@@ -607,8 +609,8 @@ def test_a_run_stopped_at_its_last_step_gets_its_picture(monkeypatch, tmp_path, 
     assert weights.newest(tmp_path) == 10 and not list(tmp_path.glob("grid-*"))
     train.main([*words, "20"], World())
     assert "stopped by a signal after step 20" in capsys.readouterr().out
-    [picture] = tmp_path.glob("grid-*")
-    assert picture.name == "grid-00000020.png"
+    before, picture = sorted(tmp_path.glob("grid-*"))
+    assert (before.name, picture.name) == ("grid-00000010.png", "grid-00000020.png")
     train.main([*words, "20"], World())
     assert f"{picture} {tmp_path / 'curve.png'}" in capsys.readouterr().out
 
@@ -737,7 +739,7 @@ def sequence_loss(params, x, y, draws, equal):
     return meanflow.fast_loss(sequence_net(params), x, y, draws, **options)
 
 
-def train_sequences(argv, world, method=None):
+def train_sequences(argv, world, method=None, seed=3, score=None):
     """Train so many steps into a folder; the mean of a sequence is that of its condition."""
     folder, steps, every = argv
     g = torch.Generator().manual_seed(0)
@@ -746,8 +748,9 @@ def train_sequences(argv, world, method=None):
     dataset = data.Dataset("waves", "sequences", [], (2, 12), False, conditions, items)
     net, loss = sequence_net, sequence_loss
     method = method or train.Method("Somebody's", sequence_params, meanflow.draw, loss, net)
-    plan = train.Plan(1e-2, 8, int(steps), ema=0.9, seed=3)
-    return train.fit(method, dataset, plan, folder, world, every=int(every)), dataset
+    plan = train.Plan(1e-2, 8, int(steps), ema=0.9, seed=seed)
+    options = dict(every=int(every), score=score)
+    return train.fit(method, dataset, plan, folder, world, **options), dataset
 
 
 @pytest.fixture(scope="module")
@@ -784,7 +787,7 @@ def test_anybodys_run_goes_on_bit_for_bit(monkeypatch, sequences, tmp_path, caps
     folder, whole, _ = sequences
     train_sequences((tmp_path, 70, 50), World())
     with monkeypatch.context() as m:
-        m.setattr(runtime, "noted_signals", signal_at_once)
+        m.setattr(runtime, "signals", signal_at_once)
         assert train_sequences((tmp_path, 200, 100), World())[0] is None
     assert "stopped by a signal after step 80" in capsys.readouterr().out
     found, _ = train_sequences((tmp_path, 200, 100), World())
@@ -917,14 +920,22 @@ def test_a_run_from_before_goes_on(monkeypatch, tmp_path, size):
     "flags, words",
     [
         (["--size", "Q"], "--size Q is unknown: choose one of T/2, S/2, B/4"),
-        (["--steps", "0"], "--steps: 0: give 1 or more"),
-        (["--batch", "-3"], "--batch: -3: give 1 or more"),
+        (["--steps", "0"], "--steps: 0: give 1 to 99999999"),
+        (["--batch", "-3"], "--batch: -3: give 1 to 99999999"),
         (["--lr", "nan"], "--lr: nan: give a number above 0"),
         (["--lr", "inf"], "--lr: inf: give a number above 0"),
-        (["--save", "0"], "--save: 0: give 1 or more"),
+        (["--save", "0"], "--save: 0: give 1 to 99999999"),
+        (["--steps", "100000000"], "--steps: 100000000: give 1 to 99999999"),
+        (["--batch", "9" * 20], f"--batch: {'9' * 20}: give 1 to 99999999"),
+        (["--seed", str(2**64)], f"--seed: {2**64}: give {-(2**63)} to {2**63 - 1}"),
+        (["--seed", str(-(2**63) - 1)], f"--seed: {-(2**63) - 1}: give {-(2**63)} to"),
+        (["--guidance", "inf", "0"], "--guidance inf 0.0: give OMEGA >= 0"),
+        (["--fid", ""], "--fid is empty: give a value, or leave it out"),
+        (["--data", " "], "--data is empty: give a value, or leave it out"),
+        (["--vae="], "--vae= is empty: give a value, or leave it out"),
         (["--save", "often"], "argument --save: invalid int value: 'often'"),
         (["--speed", "9"], "unrecognized arguments: --speed 9"),
-        (["--fid", "digits", "--count", "1"], "--count: 1: give 2 or more"),
+        (["--fid", "digits", "--count", "1"], "--count: 1: give 2 to 2147483648"),
         (["--count", "9"], "--count would be ignored without --fid: leave it out"),
         (["--inception", "x"], "--inception would be ignored without --fid: leave it out"),
         (["--convention", "sit"], "--convention would be ignored without --init: leave it out"),
@@ -942,9 +953,9 @@ def test_a_run_from_before_goes_on(monkeypatch, tmp_path, size):
         ),
         (
             ["--fid", "no.npz"],
-            "no.npz cannot be read ([Errno 2] No such file or directory: 'no.npz'): give images or",
+            "no.npz is not a file: give images or",
         ),
-        (["--accumulate", "0"], "--accumulate: 0: give 1 or more"),
+        (["--accumulate", "0"], "--accumulate: 0: give 1 to 99999999"),
         (
             ["--accumulate", "3"],
             "--batch 64 is not divisible by 3: give a multiple of processes times --accumulate",
@@ -957,10 +968,10 @@ def test_a_run_from_before_goes_on(monkeypatch, tmp_path, size):
             ["--size", "B/4", "--data", "digits", "--init", "no.pt"],
             "no.pt is not a file: give a run's folder, or .safetensors, .pt or .pth weights",
         ),
-        (["--init", "README.md"], "README.md cannot be read as tensors without code"),
+        (["--init", "README.md"], "README.md cannot be read (it is no file of tensors without"),
         (
             ["--size", "B/4", "--data", "digits", "--init", ""],
-            " is not a file: give a run's folder, or .safetensors",
+            "--init is empty: give a value, or leave it out",
         ),
         (["--data", "README.md"], "README.md/index.json does not exist: run python data.py"),
     ],
@@ -1007,11 +1018,11 @@ def test_another_runs_folder_is_left_as_it_is(monkeypatch, undisturbed, flags, w
 @pytest.mark.parametrize(
     "change, flags, words",
     [
-        (lambda folder: (folder / "log.jsonl").unlink(), [], "has saves, but no log.jsonl"),
+        (lambda folder: (folder / "log.jsonl").unlink(), [], "log.jsonl is missing, or not the l"),
         (
             lambda folder: (folder / "log.jsonl").write_bytes(b"\xff\n"),
             [],
-            "is not the log of a run",
+            "log.jsonl is missing, or not the log of a run: choose another --out",
         ),
         (
             lambda folder: None,
@@ -1021,12 +1032,12 @@ def test_another_runs_folder_is_left_as_it_is(monkeypatch, undisturbed, flags, w
         (
             lambda folder: (folder / "state-00000060.safetensors").write_bytes(b"{"),
             ["--steps", "70"],
-            "state-00000060.safetensors is not a whole safetensors file",
+            "state-00000060.safetensors cannot be read (",
         ),
         (
             lambda folder: (folder / "ema-00000060.safetensors").write_bytes(b"{"),
             ["--steps", "70"],
-            "ema-00000060.safetensors is not a whole safetensors file",
+            "ema-00000060.safetensors cannot be read (",
         ),
     ],
 )
@@ -1123,9 +1134,11 @@ def test_only_new_saves_are_read_to_be_scored(monkeypatch, tmp_path):
     """Those before are 2.7 GB each at XL; a run that goes on looks at all of them once."""
     seen, score = [], evaluate.score
 
-    def spy(path, *inputs, **options):
-        seen.append(int(path.stem[-2:]))
-        return score(path, *inputs, **options)
+    def spy(sampler, *inputs, **options):
+        path, word, digest = sampler.weights.split(" ")
+        assert (word, digest) == ("sha256", runtime.sha256(path))
+        seen.append(int(Path(path).stem[-2:]))
+        return score(sampler, *inputs, **options)
 
     monkeypatch.setattr(weights, "LASTING", 2)
     monkeypatch.setattr(evaluate, "score", spy)
@@ -1173,3 +1186,326 @@ def test_a_run_that_went_wrong_names_its_last_good_save(tmp_path):
     path = weights.checkpoint(tmp_path, "ema", 100)
     wanted = f"the last good checkpoint is {path}: give it to --init; choose another --out"
     assert weights.last_good(tmp_path).startswith(wanted)
+
+
+# --- the order of what is written ---
+
+
+@pytest.fixture
+def plain(monkeypatch):
+    """Train without the report and the curve, which take longer than a few steps."""
+    monkeypatch.setattr(evaluate, "report", nothing)
+    monkeypatch.setattr(evaluate, "plot", nothing)
+
+
+def broken(error):
+    """Return a function that raises `error`, whatever it is called with."""
+
+    def fail(*_, **__):
+        raise error
+
+    return fail
+
+
+@pytest.mark.parametrize(
+    "module, name, error",
+    [
+        (evaluate, "plot", ImportError("no FreeType")),
+        (evaluate, "plot", KeyError("step")),
+        (sample, "generate", MemoryError()),
+        (sample, "save_grid", OSError(28, "No space")),
+    ],
+)
+def test_a_picture_that_fails_costs_a_line(monkeypatch, tmp_path, capsys, module, name, error):
+    monkeypatch.setattr(evaluate, "report", nothing)
+    monkeypatch.setattr(module, name, broken(error))
+    train.main(["--batch", "4", "--save", "1", "--steps", "2", "--out", str(tmp_path)], World())
+    assert weights.newest(tmp_path) == 2 and [line["step"] for line in losses(tmp_path)] == [1, 2]
+    lost = ["curve.png"] if name == "plot" else ["grid-00000001.png", "grid-00000002.png"]
+    printed, errors = capsys.readouterr()
+    for picture in lost:
+        assert f"{tmp_path / picture} is left out: {runtime.reason(error)}\n" in errors
+    kept = {"curve.png", "grid-00000001.png", "grid-00000002.png"} - {*lost}
+    assert {p.name for p in tmp_path.glob("*.png")} == kept
+    assert str(tmp_path / sorted(kept)[-1]) in printed and lost[-1] not in printed
+
+
+def test_samples_that_are_not_finite_cost_the_grid_alone(plain, monkeypatch, tmp_path, capsys):
+    nan = torch.full((100, 1, 8, 8), torch.nan)
+    monkeypatch.setattr(sample, "generate", lambda *_, **__: nan)
+    train.main(["--batch", "4", "--steps", "1", "--out", str(tmp_path)], World())
+    assert "grid-00000001.png is left out: samples have values" in capsys.readouterr().err
+    assert weights.newest(tmp_path) == 1
+
+
+def test_a_kill_before_the_pictures_costs_nothing(plain, monkeypatch, tmp_path):
+    """The checkpoint is there before them, and who goes on from it draws them."""
+    words = ["--batch", "4", "--save", "1", "--out", str(tmp_path), "--steps"]
+    for name in ("plot", "save_grid"):
+        with monkeypatch.context() as m, pytest.raises(KeyboardInterrupt):
+            m.setattr(evaluate if name == "plot" else sample, name, broken(KeyboardInterrupt()))
+            train.main([*words, "2"], World())
+        assert weights.newest(tmp_path) == 1
+        assert not list(tmp_path.glob("grid-*"))
+    train.main([*words, "1"], World())
+    first = (tmp_path / "grid-00000001.png").read_bytes()
+    train.main([*words, "2"], World())
+    train.main([*words[:-2], str(tmp_path / "whole"), "--steps", "2"], World())
+    for name in ("grid-00000001.png", "grid-00000002.png"):
+        assert (tmp_path / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    assert (tmp_path / "grid-00000001.png").read_bytes() == first
+
+
+# --- signals ---
+
+
+def stopped_by(monkeypatch, tmp_path, moment, *signals, score=None):
+    """Train sequences, and send signals to this process at its third call of `moment`, the name of
+    a function of train.py. Return what train.fit returns."""
+    calls, function = [], getattr(train, moment)
+
+    def signalled(*args, **options):
+        calls.append(args)
+        for number in signals if len(calls) == 3 else ():
+            os.kill(os.getpid(), number)
+        return function(*args, **options)
+
+    monkeypatch.setattr(train, moment, signalled)
+    return train_sequences((tmp_path, 40, 15), World(), score=score)[0]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("moment, step", [("update", 10), ("save", 40)])
+def test_a_signal_is_acknowledged_at_once(
+    plain, monkeypatch, tmp_path, capfd, number, moment, step
+):
+    """While training, and while saving; nothing is scored after it."""
+    scores = []
+    found = stopped_by(
+        monkeypatch, tmp_path, moment, number, score=lambda *_: scores.append(1) or {}
+    )
+    printed, errors = capfd.readouterr()
+    assert found is None and not scores and weights.newest(tmp_path) == step
+    assert errors.count("saving, then ending; the next signal ends at once\n") == 1
+    assert f"stopped by a signal after step {step}, which is saved" in printed
+
+
+def test_a_second_signal_ends_training_at_once(plain, monkeypatch, tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        stopped_by(monkeypatch, tmp_path, "update", signal.SIGTERM, signal.SIGINT)
+    assert weights.newest(tmp_path) == 0
+    runtime.lock_folder(tmp_path).release()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_scores_at_once_and_they_are_made_up_for(
+    plain, monkeypatch, tmp_path, capfd, number
+):
+    monkeypatch.setattr(weights, "LASTING", 20)
+    before = signal.getsignal(number)
+
+    def score(sampler, known):
+        os.kill(os.getpid(), number)
+        raise AssertionError("it went on")
+
+    with pytest.raises(KeyboardInterrupt):
+        train_sequences((tmp_path, 40, 20), World(), score=score)
+    assert "ending; the next signal" in capfd.readouterr().err
+    assert signal.getsignal(number) == before and weights.newest(tmp_path) == 20
+    train_sequences((tmp_path, 40, 20), World(), score=lambda *_: {"fid": 1.0})
+    assert scored(tmp_path) == [20, 40]
+
+
+# --- what belongs together ---
+
+
+def test_a_replaced_reference_is_scored_again(plain, tmp_path):
+    ref = tmp_path / "ref.npz"
+    words = ["--batch", "4", "--steps", "1", "--out", str(tmp_path / "run"), "--count", "9"]
+    for scale, lines in ((1, 1), (1, 1), (2, 2), (2, 2), (1, 2)):
+        np.savez(ref, mu=np.zeros(64), sigma=scale * np.eye(64))
+        train.main([*words, "--fid", str(ref)], World())
+        assert len(scored(tmp_path / "run")) == lines
+    found = [entry for entry in losses(tmp_path / "run") if "fid" in entry]
+    for entry in found:
+        assert entry["weights"].endswith(f" sha256 {runtime.sha256(entry['weights'].split()[0])}")
+    assert found[0]["fid"] != found[1]["fid"]
+
+
+@pytest.mark.parametrize("kinds", [("state",), ("ema",), ("state", "ema")])
+@pytest.mark.parametrize("step, seed, words", [(2, 3, "step 2, not 1"), (1, 4, "seed 4, not 3")])
+def test_files_of_another_save_are_not_continued(plain, tmp_path, kinds, step, seed, words):
+    """From another step, or from another run's folder."""
+    other, folder = tmp_path / "other", tmp_path / "run"
+    train_sequences((other, step, 1), World(), seed=seed)
+    train_sequences((folder, 1, 1), World())
+    for kind in kinds:
+        shutil.copy(weights.checkpoint(other, kind, step), weights.checkpoint(folder, kind, 1))
+    with pytest.raises(ValueError, match=f"{kinds[0]}-00000001.*{words}.*: "):
+        train_sequences((folder, 3, 1), World())
+
+
+def wide(kind, vae=""):
+    """Return a data set of images that are twice as wide as high."""
+    g = torch.Generator().manual_seed(0)
+    labels = torch.arange(24) % 2
+    if kind == "pixels":
+        items = torch.randint(256, (24, 3, 8, 16), dtype=torch.uint8, generator=g)
+    else:
+        items = torch.rand(24, 2, 2, 4, 8, 16, generator=g).half()
+    return data.Dataset("wide", kind, ["a", "b"], tuple(items.shape[-3:]), True, labels, items, vae)
+
+
+@pytest.mark.parametrize("kind, resolution", [("pixels", "8x16"), ("latents", "64x128")])
+def test_images_that_are_not_square_are_trained_and_drawn_as_they_are(
+    plain, tmp_path, kind, resolution
+):
+    """And the checkpoint says which VAE made them."""
+    vae = "" if kind == "pixels" else "5" * 64
+    dataset = wide(kind, vae)
+    channels = dataset.shape[0]
+    method = train.dit_method((64, 1, 2), channels=channels, classes=2)
+    found = train.fit(method, dataset, train.Plan(1e-3, 4, 2), tmp_path, World())
+    with safe_open(tmp_path / "ema-00000002.safetensors", "pt") as file:
+        about = file.metadata()
+    assert about["resolution"] == resolution and about["vae"] == vae
+    loaded = weights.load(tmp_path)
+    assert loaded.shape == found.shape == dataset.shape
+    assert loaded.vae_sha256 == found.vae_sha256 == vae
+    x, y = (sample.generate(sampler, torch.arange(2)) for sampler in (found, loaded))
+    assert x.shape == (2, *dataset.shape) and torch.equal(x, y)
+    with Image.open(tmp_path / "grid-00000002.png") as picture:
+        assert picture.width == 10 * (32 + 4) + 4 and picture.height == 2 * (16 + 4) + 4
+
+
+def test_the_vae_is_told_which_one_encoded_the_latents(monkeypatch, tmp_path):
+    asked = []
+    monkeypatch.setattr(data, "load_data", lambda *_: wide("latents", "5" * 64))
+    monkeypatch.setattr(weights, "load_vae", lambda *inputs: asked.append(inputs))
+    monkeypatch.setattr(train, "fit", lambda *_, **__: None)
+    words = ["--data", "x", "--vae", "file", "--size", "T", "--out", str(tmp_path)]
+    train.main(words, World())
+    assert asked == [("file", torch.device("cpu"), "5" * 64)]
+
+
+def test_processes_that_see_different_things_are_told(monkeypatch, tmp_path):
+    """Data, arguments or saves; otherwise they would wait for each other, or train a mixture."""
+    gather, seen = runtime.all_gather, []
+
+    def other(change):
+        def all_gather(value):
+            seen.append(value)
+            return [value, change] if len(seen) == number else gather(value)
+
+        return all_gather
+
+    for number, words in ((1, "different data or arguments"), (2, "different saves in ")):
+        seen.clear()
+        monkeypatch.setattr(runtime, "all_gather", other("changed"))
+        with pytest.raises(ValueError, match=words):
+            train_sequences((tmp_path, 40, 20), World())
+    [_, plan, name, every, scores], _ = seen
+    assert (plan.seed, name, every, scores) == (3, "waves", 20, True)
+    assert not (tmp_path / "log.jsonl").exists()
+
+
+def test_a_folder_named_digits_is_not_the_digits(plain, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    paint(tmp_path / "images", 2, 2, 8)
+    data.main(["images", "digits"], World())
+    words = ["--batch", "4", "--steps", "1", "--out"]
+    with pytest.raises(ValueError, match="give ./digits"):
+        train.main([*words, "a", "--data", "digits"], World())
+    train.main([*words, "b", "--data", "./digits"], World())
+    train.main([*words, "c"], World())
+    assert weights.load("b").shape == (3, 8, 8) and weights.load("c").shape == (1, 8, 8)
+
+
+# --- a log in disorder ---
+
+
+def test_lines_by_hand_in_the_log_cost_nothing(monkeypatch, tmp_path):
+    """At the front, in the middle, and at the end without a newline."""
+    monkeypatch.setattr(evaluate, "report", nothing)
+    words = ["--batch", "4", "--save", "1", "--out", str(tmp_path), "--steps"]
+    train.main([*words, "2"], World())
+    path = tmp_path / "log.jsonl"
+    first, *rest = path.read_text().splitlines()
+    odd = ["# mine", "[1]", "7", '"x"', "null", "\xff", "{", '{"step": 1', "9" * 5000, "[" * 9999]
+    steps = [json.dumps({"step": step}) for step in ("1", None, [1], 1e9, -math.inf, math.nan)]
+    lines = [*odd, first, *odd, "{}", *steps, *rest, '{"step": 1, "grad_norm": "x"}', *odd, "{"]
+    path.write_bytes("\n".join(lines).encode("latin-1"))
+    train.main([*words, "3"], World())
+    written = [json.loads(line) for line in path.read_text().splitlines()]
+    assert written[0] == json.loads(first) and weights.newest(tmp_path) == 3
+    assert [line["step"] for line in written[1:] if "loss" in line] == [1, 2, 3]
+    assert all(line.get("step", 1) in (1, 2, 3) for line in written)
+    assert (tmp_path / "grid-00000003.png").exists()
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir, lambda path: path.symlink_to("nowhere")])
+def test_a_log_that_is_no_file_is_told(tmp_path, make):
+    make(tmp_path / "log.jsonl")
+    with pytest.raises(FileNotFoundError, match="log.jsonl is not a file"):
+        train_sequences((tmp_path, 40, 20), World())
+    assert [p.name for p in tmp_path.iterdir()] == ["log.jsonl"]
+
+
+def test_a_try_that_failed_before_its_first_save_keeps_no_folder_occupied(monkeypatch, tmp_path):
+    monkeypatch.setattr(evaluate, "report", nothing)
+    words = ["--batch", "4", "--steps", "2", "--out", str(tmp_path), "--seed"]
+    with monkeypatch.context() as m, pytest.raises(RuntimeError):
+        m.setattr(train, "update", broken(RuntimeError()))
+        train.main([*words, "1"], World())
+    with monkeypatch.context() as m, pytest.raises(ValueError, match="writing to"):
+        lock = runtime.lock_folder(tmp_path)
+        train.main([*words, "2"], World())
+    assert json.loads((tmp_path / "log.jsonl").read_text())["seed"] == 1
+    lock.release()
+    train.main([*words, "2"], World())
+    first, line = map(json.loads, (tmp_path / "log.jsonl").read_text().splitlines())
+    assert first["seed"] == 2 and line["step"] == 2
+    for path in tmp_path.glob("*.safetensors"):
+        path.unlink()  # its log is not that of a try
+    with pytest.raises(ValueError, match="holds a run with seed 2, not 3"):
+        train.main([*words, "3"], World())
+
+
+def test_half_a_save_is_told(plain, tmp_path, capsys):
+    words = ["--batch", "4", "--steps", "2", "--out", str(tmp_path), "--save"]
+    train.main([*words, "1"], World())
+    (tmp_path / "ema-00000002.safetensors").unlink()
+    assert capsys.readouterr().err.count("half a save") == 0
+    train.main([*words, "1"], World())
+    line = f"{tmp_path / 'state-00000002.safetensors'} is half a save: going on from step 1\n"
+    assert line in capsys.readouterr().err and weights.newest(tmp_path) == 2
+    for path in (*tmp_path.glob("ema-*"), *tmp_path.glob("state-00000001.*")):
+        path.unlink()
+    with pytest.raises(ValueError, match="holds a run with seed 0, not 7"):
+        train.main([*words, "1", "--seed", "7"], World())
+    assert "is half a save: going on from step 0\n" in capsys.readouterr().err
+    train.main([*words, "1"], World())
+    assert [line["step"] for line in losses(tmp_path)] == [1, 2]
+
+
+def test_what_a_kill_left_is_removed_once_the_folder_is_known_to_be_the_runs(plain, tmp_path):
+    """And nothing of anybody else's."""
+    left = tmp_path / ".meanflow-abcdefgh.tmp"
+    others = [tmp_path / name for name in (".tmpBackup", ".meanflow-thesis", "meanflow-tmp-x")]
+    for folder in (left, *others):
+        folder.mkdir()
+        (folder / "state-00000020.safetensors").write_text("x")
+    (tmp_path / "log.jsonl").write_text("mine")
+    with pytest.raises(ValueError, match="is missing, or not the log of a run"):
+        train_sequences((tmp_path, 2, 2), World())
+    assert left.exists() and not (tmp_path / ".lock").exists()
+    (tmp_path / "log.jsonl").unlink()
+    train_sequences((tmp_path, 2, 2), World())
+    assert not left.exists() and all(any(folder.iterdir()) for folder in others)
+
+
+def test_a_network_that_cannot_be_compiled_is_told_in_one_line(monkeypatch, tmp_path):
+    error = InductorError(RuntimeError("no C++ compiler"), None)
+    monkeypatch.setattr(meanflow, "fast_loss", broken(error))
+    message = fails(monkeypatch, *command(tmp_path / "run"))
+    assert "cannot be compiled (" in message and message.endswith("give train.py --no-compile")

@@ -6,6 +6,7 @@ themselves were not at hand.
 """
 
 import argparse
+import hashlib
 import json
 import math
 import os
@@ -220,7 +221,7 @@ def test_what_a_file_without_metadata_makes(tmp_path):
         found = weights.load(save(w, tmp_path / "x.pth"))
         assert (found.kind, found.shape) == want
     w = model.init((64, 1, 4), channels=4, classes=10, generator=g)
-    with pytest.raises(ValueError, match="kind None, resolution None, and there is no pos_embed"):
+    with pytest.raises(ValueError, match="kind None, resolution None and no pos_embed"):
         weights.load(save(w, tmp_path / "x.pth"))
 
 
@@ -233,7 +234,7 @@ def changed(**changes):
     "content, flags, words",
     [
         (SIT, [], "x.pt has no embedding of t - r, so it is no MeanFlow: give --convention repa"),
-        (SIT, [], "DiT's own weights predict noise on another path and cannot be used"),
+        (SIT, [], "DiT's own predict noise on another path and cannot be used"),
         (VELOCITY, [], "--convention sit if it predicts x - e, t = 1 is data (as SiT)"),
         (MEANFLOW, ["--convention", "sit"], "x.pt is a MeanFlow, whose convention is known: leave"),
         (
@@ -256,7 +257,8 @@ def changed(**changes):
             "x.pt: pos_embed is not DiT's fixed positions",
         ),
         ({"ema": {}}, [], "x.pt: not the weights of a DiT, which have x_embedder.proj.weight"),
-        ([1, 2], [], "x.pt cannot be read as tensors without code"),
+        ([1, 2], [], "x.pt: not the weights of a DiT, which have x_embedder.proj.weight"),
+        ({"ema": range}, [], "x.pt cannot be read (it is no file of tensors without code): give"),
         (changed(final_layer__linear__bias=torch.full((16,), math.nan)), [], "not finite"),
     ],
 )
@@ -274,16 +276,149 @@ def test_a_pickle_with_code_is_not_run(monkeypatch, tmp_path):
 
     torch.save({"ema": Trap()}, tmp_path / "trap.pt")
     message = fails(monkeypatch, "sample.py", tmp_path / "trap.pt")
-    assert "trap.pt cannot be read as tensors without code" in message
+    assert "trap.pt cannot be read (it is no file of tensors without code): give" in message
     assert not (tmp_path / "sprung").exists()
 
 
-def test_averaged_weights_are_preferred_in_any_nesting(tmp_path):
-    w, other = {"w": torch.ones(1)}, {"w": torch.zeros(1)}
-    nestings = [w, {"model": w}, {"ema": w, "model": other}, {"ema": {"model": w}}]
-    for found in [*nestings, {"ema": None, "model": w, "args": 1}, {"state_dict": w}]:
-        torch.save(found, tmp_path / "x.pt")
-        assert weights.read_weights(tmp_path / "x.pt") == (w, {})
+def anchored(value, prefix="", **more):
+    """Return what stands for a network: the tensor by which one is found, and a bias."""
+    names = "x_embedder.proj.weight", "y.bias"
+    return {f"{prefix}{name}": torch.full((2,), float(value)) for name in names} | more
+
+
+RAW, EMA = anchored(0), anchored(1)
+USUAL = ("ema", "model_ema", "ema_model", "ema_state_dict", "state_dict_ema", "net_ema")
+COUNT = {"n_averaged": torch.tensor(3)}
+NESTINGS = {  # what a file holds, of which EMA is to be taken, and what is said
+    "bare": (EMA, ""),
+    "model": ({"model": EMA}, ""),
+    "state_dict": ({"state_dict": EMA, "args": 1}, ""),
+    "averaged": ({"ema": EMA, "model": {}}, ""),
+    "none": ({"ema": None, "model": EMA, "args": argparse.Namespace(lr=1)}, ""),
+    "empty": ({"ema": {}, "model": EMA}, ""),
+    "deep": ({"ema": {"model": EMA}, "opt": {"state": {0: {"step": torch.ones(9)}}}}, ""),
+    "beside": (EMA | {"opt": {"state": {0: torch.ones(9)}}, "step": torch.tensor(3)}, ""),
+    "several words": ({"ema": {"ema_model": EMA}}, ""),
+    "other form": (
+        {"model": EMA, "ema": {"shadow_params": [torch.ones(2)]}},
+        "/model/ is taken, not ema",
+    ),
+    "lightning": ({"state_dict": anchored(1, "model.", loss=torch.ones(1))}, ""),
+    "lightning's two": (
+        {"state_dict": anchored(0, "model.") | anchored(1, "ema_model.module.", **COUNT)},
+        "/state_dict/ema_model. is taken, not /state_dict/model.",
+    ),
+    "root": (RAW | {"ema": EMA}, "/ema/ is taken, not /"),
+    "deepspeed": ({"module": EMA, "optimizer": [torch.ones(9)]}, ""),
+    "AveragedModel": ({"ema": anchored(1, "module.", **COUNT)}, ""),
+    "compiled": (anchored(1, "_orig_mod.module."), ""),
+}
+for word in ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_flax_linear"):
+    NESTINGS[word] = ({k.replace(".", f".{word}."): p for k, p in EMA.items()}, "")
+for word in USUAL:
+    for key in ("model", "state_dict"):
+        NESTINGS[f"{key}, {word}"] = ({key: RAW, word: EMA}, f"/{word}/ is taken, not /{key}/")
+
+
+@pytest.mark.parametrize("name", NESTINGS)
+def test_averaged_weights_are_preferred_in_any_nesting(tmp_path, capsys, name):
+    content, told = NESTINGS[name]
+    torch.save(content, tmp_path / "x.pt")
+    tensors, metadata, _ = weights.read_weights(tmp_path / "x.pt")
+    assert tensors.keys() == EMA.keys() and metadata == {}
+    assert all(torch.equal(tensors[name], p) for name, p in EMA.items())
+    assert capsys.readouterr().err == (f"{tmp_path / 'x.pt'}: {told}\n" if told else "")
+
+
+def test_a_safetensors_file_of_others_is_searched_in_the_same_way(tmp_path, capsys):
+    path = tmp_path / "X.SAFETENSORS"
+    save_file(anchored(0, "model.") | anchored(1, "model_ema.module."), path)
+    tensors, metadata, _ = weights.read_weights(path)
+    assert torch.equal(tensors["y.bias"], EMA["y.bias"]) and metadata == {}
+    assert capsys.readouterr().err == f"{path}: /model_ema. is taken, not /model.\n"
+
+
+@pytest.mark.parametrize(
+    "content, words",
+    [
+        ({"model": RAW, "model_ema1": EMA}, "several networks, /model/, /model_ema1/: save one"),
+        ({"net_ema": RAW, "ema": EMA}, "several networks, /ema/, /net_ema/: save one of them al"),
+        (anchored(0, "teacher.") | anchored(1, "student."), "networks, /student., /teacher.: sa"),
+        (anchored(0) | anchored(1, "module."), "x_embedder.proj.weight is there twice, under tw"),
+        (EMA | {"_orig_mod.y.bias": torch.ones(2)}, "y.bias is there twice, under two names"),
+        (EMA | {"y._flax_linear.bias": torch.ones(2)}, "y.bias is there twice, under two names"),
+        ({"model": {1: EMA["y.bias"], "1": EMA["y.bias"]} | EMA}, "1 is there twice, under two"),
+        (
+            EMA | {f"{k}_embedder.mlp.0.bias": torch.ones(1) for k in "hr"},
+            "h_embedder.mlp.0.bias is there twice, under two names",
+        ),
+    ],
+)
+def test_a_file_in_which_a_network_is_not_certain_is_refused(tmp_path, content, words):
+    torch.save(content, tmp_path / "x.pt")
+    with pytest.raises(ValueError, match=re.escape(words)) as error:
+        weights.read_weights(tmp_path / "x.pt")
+    assert str(error.value).startswith(f"{tmp_path / 'x.pt'} cannot be read (")
+    assert "\n" not in str(error.value)
+
+
+STRANGE = {  # tensors with which nothing is to be computed
+    "int8": lambda p: p.to(torch.int8),
+    "bool": lambda p: p.bool(),
+    "complex64": lambda p: p.to(torch.complex64),
+    "float8_e4m3fn": lambda p: p.to(torch.float8_e4m3fn),
+    "sparse_coo": lambda p: p.to_sparse(),
+    "meta": lambda p: p.to("meta"),
+    "qint8": lambda p: torch.quantize_per_tensor(p, 0.1, 0, torch.qint8),
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", STRANGE)
+@pytest.mark.parametrize("make", ["dit", "imf"])
+def test_tensors_that_are_no_floats_are_named(tmp_path, name, make):
+    params = small() if make == "dit" else small_imf()
+    key = "x_embedder.proj.weight"
+    torch.save({"ema": params | {key: STRANGE[name](params[key])}}, tmp_path / "x.pt")
+    with pytest.raises(ValueError, match=f"x.pt: {key} is .*{name}.*, should be dense torch.*: gi"):
+        weights.load(tmp_path / "x.pt")
+
+
+# --- which file it was ---
+
+
+def identity(path):
+    return f"{path} sha256 {hashlib.sha256(path.read_bytes()).hexdigest()}"
+
+
+@pytest.mark.parametrize("name", ["x.safetensors", "x.pt"])
+def test_a_sampler_says_which_file_it_is_of(tmp_path, name):
+    path = save(MEANFLOW | POSITIONS, tmp_path / name)
+    assert weights.read_weights(path)[2] == weights.load(path).weights == identity(path)
+
+
+def test_a_run_s_folder_is_known_by_the_file_taken(tmp_path):
+    path = saved(tmp_path / "ema-00000010.safetensors", small(4), "latents", 64, vae="ab12")
+    found = weights.load(tmp_path)
+    assert found.weights == identity(path) and found.vae_sha256 == "ab12"
+    assert weights.load(saved(tmp_path / "x.safetensors", small())).vae_sha256 == ""
+
+
+@pytest.mark.parametrize("name", ["x.safetensors", "x.pt"])
+def test_a_file_replaced_while_it_is_read_is_refused(monkeypatch, tmp_path, name):
+    """Its checksum would be of other tensors."""
+    path, other = save(EMA, tmp_path / name), save(RAW, tmp_path / f"other-{name}")
+    digest = hashlib.file_digest
+
+    def then_replace(*args):
+        try:
+            return digest(*args)
+        finally:
+            os.replace(other, path)
+
+    monkeypatch.setattr(hashlib, "file_digest", then_replace)
+    with pytest.raises(ValueError, match=r"changed while it was read: run the same command again"):
+        weights.read_weights(path)
 
 
 # --- what a file becomes ---
@@ -322,9 +457,10 @@ def test_the_newest_averaged_weights_of_a_folder_are_taken(tmp_path):
 def test_our_own_file_becomes_a_sampler(tmp_path):
     names, params = ["cat", "dog", "owl"], small()
     ours = dict(run="{}", classes=json.dumps(names))
-    found = weights.load(saved(tmp_path / "x.safetensors", params, resolution=16, **ours))
+    path = saved(tmp_path / "x.safetensors", params, resolution=16, **ours)
+    found = weights.load(path)
     assert found._replace(params={}, net=None) == weights.Sampler(
-        {}, None, names, "pixels", (1, 16, 16), (), 0.0, 0.18215, None
+        {}, None, names, "pixels", (1, 16, 16), (), 0.0, 0.18215, None, identity(path), ""
     )
     assert found.params.keys() == params.keys()
     z, t, y = torch.randn(2, 1, 16, 16), torch.ones(2), torch.tensor([0, 3])
@@ -340,6 +476,59 @@ def test_latents_of_our_own_are_of_an_eighth_of_the_side(tmp_path):
     assert weights.image_shape("pixels", (1, 8, 6)) == (1, 8, 6)
 
 
+@pytest.mark.parametrize(
+    "kind, resolution, shape",
+    [
+        ("pixels", "8", (4, 8, 8)),
+        ("pixels", "8x12", (4, 8, 12)),
+        ("latents", "64x96", (4, 8, 12)),
+        ("latents", "9984x16", (4, 1248, 2)),
+    ],
+)
+def test_sides_may_differ(tmp_path, kind, resolution, shape):
+    assert (
+        weights.load(saved(tmp_path / "x.safetensors", small(4), kind, resolution)).shape == shape
+    )
+
+
+BAD_SIDES = ["", "0", "00", "8x0", "8x", "x8", "8x8x8", " 8", "8\n", "-8", "1e3", "8.0", "7", "8x7"]
+BAD_SIDES += ["16000", "1000000000", "9" * 5000, "\u0668", "8\u00d78", "8X8"]
+
+
+@pytest.mark.parametrize("resolution", BAD_SIDES, ids=lambda side: ascii(side)[:12])
+def test_a_resolution_that_is_none_is_refused(tmp_path, resolution):
+    """Nor may the images of latents have other sides than multiples of 8 times the patch."""
+    for kind, value in (("pixels", resolution), ("latents", resolution), ("latents", "72")):
+        path = saved(tmp_path / "x.safetensors", small(4), kind, value)
+        words = f"metadata has kind '{kind}', resolution .*: save"
+        with pytest.raises(ValueError, match=words) as error:
+            weights.load(path)
+        assert len(str(error.value)) < 400
+
+
+@pytest.mark.parametrize("key", ["guidance", "latents"])
+def test_metadata_nested_too_deep_is_told(tmp_path, key):
+    nested = {key: "[" * 100_000}
+    path = saved(tmp_path / "x.safetensors", small_imf(4), "latents", 64, **nested)
+    with pytest.raises(ValueError, match="x.safetensors: "):
+        weights.load(path)
+
+
+def test_a_table_that_may_lack_no_class_gets_a_hint(tmp_path, capsys):
+    for classes, ours, hint in (
+        (9, {}, "10"),
+        (99, {}, "100"),
+        (8, {}, ""),
+        (10, {}, ""),
+        (9, 1, ""),
+    ):
+        ours = ours and dict(run="{}", classes=json.dumps([str(k) for k in range(classes)]))
+        path = saved(tmp_path / "x.safetensors", small(classes=classes), **ours)
+        weights.load(path)
+        told = f"{path}: the last of {hint} labels is taken for no class\n"
+        assert capsys.readouterr().err == (told if hint else "")
+
+
 def test_others_classes_are_known_by_number(tmp_path):
     path = save(MEANFLOW | POSITIONS, tmp_path / "x.pt")
     assert weights.load(path).classes == NAMES
@@ -347,10 +536,22 @@ def test_others_classes_are_known_by_number(tmp_path):
     assert weights.load(path).classes == ["0", "1", "2"]
 
 
-@pytest.mark.parametrize("names", ['["cat"]', '["a", "b", "c", "d"]', "cat", "3", "null"])
+BAD_NAMES = [
+    '["cat"]',
+    '["a", "b", "c", "d"]',
+    "cat",
+    "3",
+    "null",
+    '"cat"',
+    '{"a": 1, "b": 2, "c": 3}',
+]
+BAD_NAMES += ["[1, 2, 3]", '[["a"], "b", "c"]', "[" * 100_000]
+
+
+@pytest.mark.parametrize("names", BAD_NAMES, ids=lambda names: names[:20])
 def test_names_that_do_not_fit_the_labels_are_refused(tmp_path, names):
     path = saved(tmp_path / "x.safetensors", small(), run="{}", classes=names)
-    with pytest.raises(ValueError, match=r"x.safetensors: metadata names . classes of 3: mend"):
+    with pytest.raises(ValueError, match="x.safetensors: metadata classes are not 3 names: mend"):
         weights.load(path)
 
 
@@ -402,6 +603,8 @@ def test_a_network_trained_with_its_guidance_takes_no_other(name, value):
         (small(4), "latents", {}, "{} makes latents: give --vae, sd-vae-ft-mse's file"),
         (small(4), "latents", dict(scale=2.0), "{} makes latents: give --vae, sd-vae-ft-mse's"),
         (small(4), "latents", dict(vae="no"), "no is not a file: fetch diffusion_pytorch_model"),
+        (small(16), "latents", dict(vae="v"), "{} makes latents of 16 channels: the VAE has 4"),
+        (small_imf(16), "latents", dict(vae="v"), "{} makes latents of 16 channels: the VAE has 4"),
         (
             small_imf(4),
             "latents",
@@ -426,7 +629,8 @@ def test_what_a_sampler_would_ignore_or_lacks_is_said(tmp_path, params, kind, op
 
 def test_a_sampler_of_latents_is_opened_with_its_vae_and_scale(monkeypatch, tmp_path):
     decoder = {"w": torch.ones(1)}
-    monkeypatch.setattr(weights, "load_vae", lambda path, device: decoder if path == "v" else None)
+    seen = []
+    monkeypatch.setattr(weights, "load_vae", lambda *args: (seen.append(args), decoder)[1])
     ours = saved(tmp_path / "x.safetensors", small(4), "latents", 64)
     assert weights.open_sampler(ours, "cpu", vae="v").vae is decoder
     assert weights.open_sampler(ours, "cpu", vae="v").scale == 0.18215
@@ -436,6 +640,10 @@ def test_a_sampler_of_latents_is_opened_with_its_vae_and_scale(monkeypatch, tmp_
     assert found.vae is decoder and torch.equal(found.scale, imf.normalization()[1])
     pixels = saved(tmp_path / "z.safetensors", small(), "pixels", 8)
     assert weights.open_sampler(pixels, "cpu").vae is None
+    assert set(seen) == {("v", "cpu", "")}
+    encoded = saved(tmp_path / "e.safetensors", small(4), "latents", 64, vae="ab12")
+    weights.open_sampler(encoded, "cpu", vae="v")
+    assert seen[-1] == ("v", "cpu", "ab12")
 
 
 # --- training goes on from them ---
@@ -613,21 +821,21 @@ def cut(path, stop):
 FILES = {  # what is written at the path: what the message must say
     "nothing": (lambda path: None, "is not a file"),
     "folder": (Path.mkdir, "is not a file"),
-    "void": (Path.touch, "is not a whole safetensors file"),
-    "half": (lambda path: cut(path, -9), "is not a whole safetensors file"),
-    "head": (lambda path: cut(path, 20), "is not a whole safetensors file"),
+    "void": (Path.touch, "cannot be read \\(Error while deserializing header: "),
+    "half": (lambda path: cut(path, -9), "cannot be read \\(Error while deserializing header: "),
+    "head": (lambda path: cut(path, 20), "cannot be read \\(Error while deserializing header: "),
     "page": (
         lambda path: path.write_text("\n<!DOCTYPE html><html><title>404</title></html>"),
-        "is not a whole safetensors file",
+        "cannot be read \\(Error while deserializing header: ",
     ),
     "pointer": (
         lambda path: path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:a1"),
-        "is not a whole safetensors file",
+        "cannot be read \\(Error while deserializing header: ",
     ),
-    "pickle": (pickled, "is not a whole safetensors file"),
+    "pickle": (pickled, "cannot be read \\(Error while deserializing header: "),
     "zip": (
         lambda path: torch.save({"state_dict": Trap()}, path),
-        "is not a whole safetensors file",
+        "cannot be read \\(Error while deserializing header: ",
     ),
 }
 
@@ -659,6 +867,129 @@ def test_what_is_no_safetensors_file_is_named(tmp_path, monkeypatch, write, mess
     write(tmp_path / "vae.ckpt")
     refused(tmp_path / "vae.ckpt", message)
     assert not Path("executed").exists()
+
+
+def test_latents_of_another_vae_get_a_word(tmp_path, capsys):
+    """No refusal: two published ones share their encoder."""
+    path, no_sha = tmp_path / "vae.safetensors", 64 * "0"
+    save_file(vae_weights(dtype=torch.float32), path)
+    right = hashlib.sha256(path.read_bytes()).hexdigest()
+    told = f"{path}: latents were encoded by another VAE, sha256 {no_sha}\n"
+    for wanted, said in (("", ""), (right, ""), (no_sha, told), (no_sha + "x" * 9999, told)):
+        with widths(SMALL):
+            weights.load_vae(path, "cpu", wanted)
+        assert capsys.readouterr().err == said
+
+
+def test_a_vae_of_integers_is_refused(tmp_path):
+    params = vae_weights(dtype=torch.float32)
+    save_file(params | {"quant_conv.bias": torch.ones(8).long()}, tmp_path / "vae.safetensors")
+    refused(tmp_path / "vae.safetensors", "quant_conv.bias is torch.int64, .*, should be dense")
+
+
+# --- saves of a run ---
+
+RUN = {"seed": 0, "size": "T/2", "steps": 20, "interval": [0.0, 0.5]}
+MORE_STEPS = RUN | {"steps": 30, "torch": "3", "commit": "x", "precision": "bfloat16", "warmup": 1}
+
+
+def parts(value=0.0):
+    """Return what a save holds, or what it is to be copied into."""
+    w = torch.full((2,), value)
+    return {"state": {"weights.w": w, "step.w": w[0].clone()}, "ema": {"w": w.clone()}}
+
+
+def write_save(folder, step, run=RUN, value=1.0):
+    folder.mkdir(exist_ok=True)
+    weights.save_checkpoint(folder, step, parts(value), {"kind": "x", "run": json.dumps(run)})
+    return [weights.checkpoint(folder, kind, step) for kind in ("state", "ema")]
+
+
+def test_a_save_is_restored_by_its_run_with_what_may_change(tmp_path):
+    write_save(tmp_path, 7)
+    for run in (RUN, MORE_STEPS):
+        into = parts()
+        weights.restore(tmp_path, 7, into, run)
+        assert all((p == 1).all() for part in into.values() for p in part.values())
+
+
+def test_a_state_of_an_earlier_version_without_metadata_is_accepted(tmp_path):
+    state, _ = write_save(tmp_path, 7)
+    save_file(parts(2.0)["state"], state)
+    into = parts()
+    weights.restore(tmp_path, 7, into, RUN)
+    assert (into["state"]["weights.w"] == 2).all() and (into["ema"]["w"] == 1).all()
+
+
+@pytest.mark.parametrize("kinds", [["state"], ["ema"], ["state", "ema"]], ids="+".join)
+@pytest.mark.parametrize(
+    "step, run, words",
+    [
+        (7, RUN | {"seed": 1}, "holds a run with seed 1, not 0"),
+        (7, RUN | {"interval": [0.0, 1.0]}, r"a run with interval \[0.0, 1.0\], not \[0.0, 0.5\]"),
+        (7, RUN | {"init": "x"}, "holds a run with init x, not None"),
+        (7, {k: value for k, value in RUN.items() if k != "size"}, "with size None, not T/2"),
+        (5, RUN, "holds a run with step 5, not 7"),
+    ],
+)
+def test_files_copied_from_another_run_or_step_are_refused(tmp_path, kinds, step, run, words):
+    others = write_save(tmp_path / "other", step, run)
+    for path, other in zip(write_save(tmp_path / "run", 7), others):
+        if path.name.split("-")[0] in kinds:
+            path.write_bytes(other.read_bytes())
+    want = rf"{kinds[0]}-00000007.safetensors .*{words}: delete both files of this step to continue"
+    with pytest.raises(ValueError, match=want):
+        weights.restore(tmp_path / "run", 7, parts(), RUN)
+
+
+@pytest.mark.parametrize("kind, name", [("state", "weights.w"), ("state", "step.w"), ("ema", "w")])
+@pytest.mark.parametrize("dtype", [torch.int64, torch.float16, torch.float64], ids=str)
+def test_a_save_of_other_dtypes_is_refused(tmp_path, kind, name, dtype):
+    write_save(tmp_path, 7)
+    path = weights.checkpoint(tmp_path, kind, 7)
+    tensors, metadata = runtime.read_tensors(path, "")
+    save_file(tensors | {name: tensors[name].to(dtype)}, path, metadata)
+    words = rf"{path.name}: {name} is {dtype}, .*, should be dense torch.float32: delete both files"
+    with pytest.raises(ValueError, match=words):
+        weights.restore(tmp_path, 7, parts(), RUN)
+
+
+@pytest.mark.parametrize("kind", ["state", "ema"])
+@pytest.mark.parametrize("text", ["", "null", "7", '"x"', "[]", "{}", "[" * 100_000, '{"run": 3}'])
+def test_a_save_whose_metadata_are_damaged_is_refused(tmp_path, kind, text):
+    write_save(tmp_path, 7)
+    path = weights.checkpoint(tmp_path, kind, 7)
+    tensors, metadata = runtime.read_tensors(path, "")
+    save_file(tensors, path, metadata | {"save" if kind == "state" else "run": text})
+    with pytest.raises(ValueError, match=f"{path.name}.*: delete both files of this step"):
+        weights.restore(tmp_path, 7, parts(), RUN)
+    if kind == "ema":
+        save_file(tensors, path)  # none at all
+        with pytest.raises(ValueError, match=f"{path.name}.*: delete both files of this step"):
+            weights.restore(tmp_path, 7, parts(), RUN)
+
+
+def test_a_run_is_another_by_any_value_but_those_that_may_change():
+    weights.check_run("x", RUN, MORE_STEPS)
+    weights.check_run("x", MORE_STEPS, RUN)
+    for before, words in ((RUN | {"seed": 7}, "seed 7, not 0"), (RUN | {"y": 1}, "y 1, not None")):
+        with pytest.raises(ValueError, match=f"^x holds a run with {words}: choose another --out$"):
+            weights.check_run("x", before, RUN)
+
+
+def test_files_of_later_saves_that_lack_their_partner_are_named(tmp_path):
+    assert weights.orphans(tmp_path) == weights.orphans(tmp_path / "no") == []
+    (tmp_path / "ema-00000003.safetensors").touch()  # kept for good, older than the last save
+    write_save(tmp_path, 7)
+    assert weights.orphans(tmp_path) == []
+    later = [tmp_path / f"{name}.safetensors" for name in ("state-00000008", "ema-00000100")]
+    for path in later[::-1]:
+        path.touch()
+    assert weights.orphans(tmp_path) == later
+    for path in tmp_path.glob("*-00000007*"):
+        path.unlink()
+    first, *more = weights.orphans(tmp_path)
+    assert first.name == "ema-00000003.safetensors" and more == later
 
 
 # --- methods ---
@@ -711,6 +1042,14 @@ def test_rows_with_equal_times_are_not_counted_again(monkeypatch, name):
     monkeypatch.setattr(weights.meanflow, "count_equal", fail)
     monkeypatch.setattr(weights.imf, "count_equal", fail)
     method.loss(params, x, y, draws, 6 if name == "dit" else 4)
+
+
+def test_an_imf_takes_latents_of_four_channels_alone():
+    """Its mean and deviation of each channel are known for these."""
+    for channels, kind in ((4, "latents"), (16, "pixels")):
+        weights.imf_method("iT/2", channels=channels, classes=10, kind=kind)
+    with pytest.raises(ValueError, match="latents of 4 channels, not 16: choose a DiT's --size"):
+        weights.imf_method("iT/2", channels=16, classes=10, kind="latents")
 
 
 def test_latents_are_scaled_as_each_network_takes_them():
