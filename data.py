@@ -359,7 +359,7 @@ def is_complete(path, root, part, about, known):
         return False
     now, entry = (measure(root, part), len(tensors["labels"])), known.get(path.name, {})
     of_index = now == (entry.get("sizes"), entry.get("count"))  # or it was made again since
-    if made.get("sizes") != now[0] or of_index and entry["sha256"] != runtime.sha256(path):
+    if made.get("sizes", now[0]) != now[0] or of_index and entry["sha256"] != runtime.sha256(path):
         return False
     return all(load_crop(root / name, 1)[1] for name in made["left_out"])
 

@@ -492,10 +492,10 @@ def save_checkpoint(folder, step, tensors, metadata):
 
 def check_run(where, before, run, hint="choose another --out"):
     """Raise ValueError if the run `before`, found at `where`, may not be continued as `run`."""
-    for key in run | before:
+    for key in run:
         free = key in ("steps", "warmup", "precision", "commit", "torch")
-        if not free and before.get(key) != run.get(key):
-            found = f"{key} {before.get(key)}, not {run.get(key)}"
+        if not free and before.get(key) != run[key]:
+            found = f"{key} {before.get(key)}, not {run[key]}"
             raise ValueError(f"{where} holds a run with {found}: {hint}")
 
 

@@ -22,7 +22,7 @@ def random_latents(folder, shards=20):
     g = torch.Generator().manual_seed(0)
     paths = [folder / f"shard-{k:05}.safetensors" for k in range(shards)]
     for path in paths:
-        moments = torch.randn(data.SHARD, 2, 2, 4, 32, 32, generator=g).half()
+        moments = torch.rand(data.SHARD, 2, 2, 4, 32, 32, generator=g).half()
         labels = torch.arange(data.SHARD) % 1000
         data.save_shard(path, "latents", moments, labels, "random")
     about = {"kind": "latents", "resolution": 256, "mirror": True, "source": "random"}

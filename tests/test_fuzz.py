@@ -114,7 +114,7 @@ def averages(folder):
 
 
 def use_state(path):
-    weights.restore(path.parent, 7, train.saved_tensors(state()))
+    weights.restore(path.parent, 7, train.saved_tensors(state()), {})
 
 
 def log(folder):

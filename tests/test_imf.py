@@ -428,7 +428,7 @@ def test_published_weights_are_drawn_from(tmp_path, monkeypatch):
     """With latents of their own mean and deviation, at the published guidance of their size."""
     tensors = published()
     seen = []
-    monkeypatch.setattr(weights, "image_size", lambda *_: ("latents", 8))
+    monkeypatch.setattr(weights, "image_size", lambda *_: ("latents", (8, 8)))
     monkeypatch.setattr(weights, "load_vae", lambda *_: {})
     monkeypatch.setattr(sample, "decode", lambda vae, z: seen.append(z) or z[:, :3])
     path = saved(tmp_path / "iMF.pth", tensors)
@@ -459,7 +459,7 @@ def test_the_guidance_of_a_run_is_the_published_or_that_of_the_flags(tmp_path, c
     "flags, words",
     [
         (["--omega", "0.5"], "omega 0.5, interval 0.4,0.65: give omega >= 1 and an interval of"),
-        (["--omega", "2,nan"], "omega nan, interval 0.4,0.65: give omega >= 1 and an interval"),
+        (["--omega", "2,nan"], "--omega: 2,nan: give numbers, as 1,4,8"),
         (["--interval", "0.6,0.4"], "omega 8, interval 0.6,0.4: give omega >= 1 and an interval"),
         (["--interval", "0.6"], "--interval: 0.6: give numbers, two times, as 0.4,0.65"),
         (["--interval", "0.6,x"], "--interval: 0.6,x: give numbers, two times, as 0.4,0.65"),
@@ -471,7 +471,7 @@ def test_the_guidance_of_a_run_is_the_published_or_that_of_the_flags(tmp_path, c
 )
 def test_bad_guidance(monkeypatch, tmp_path, flags, words):
     torch.save(grey(), tmp_path / "x.pth")
-    monkeypatch.setattr(weights, "image_size", lambda *_: ("pixels", 8))
+    monkeypatch.setattr(weights, "image_size", lambda *_: ("pixels", (8, 8)))
     with pytest.raises(ValueError) as error:
         sample.main([str(tmp_path / "x.pth"), *flags], World())
     assert words in str(error.value)
@@ -481,7 +481,7 @@ def test_scores_are_of_one_guidance_and_latents_of_their_own_scale(monkeypatch, 
     path = str(saved(tmp_path / "x.pth"))
     with pytest.raises(ValueError, match="--omega: invalid float value: '2,3'"):
         evaluate.main([path, "--ref", "digits", "--omega", "2,3"], World())
-    monkeypatch.setattr(weights, "image_size", lambda *_: ("latents", 8))
+    monkeypatch.setattr(weights, "image_size", lambda *_: ("latents", (8, 8)))
     with pytest.raises(ValueError, match="--scale would .* as .* has a scale for each channel: le"):
         sample.main([path, "--vae", "x", "--scale", "2"], World())
 

@@ -656,8 +656,11 @@ MUTANTS = {
          test_weights.test_reversing_time_is_exact),
         ("the decoder's blocks from 0", "int(match[1]) + encoder_depth", "int(match[1])",
          test_weights.test_repas_early_files_number_the_decoders_blocks_anew),
-        ("weights for averages", '("ema", "model", "state_dict")', '("model", "ema", "state_dict")',
-         test_weights.test_averaged_weights_are_preferred_in_any_nesting),
+        ("raw weights beside averaged ones", "averaged or networks or", "networks or",
+         [test_weights.test_averaged_weights_are_preferred_in_any_nesting, "model, ema"]),
+        ("a name that is there twice", "            if inner in tensors:", "            if False:",
+         [test_weights.test_a_file_in_which_a_network_is_not_certain_is_refused,
+          test_weights.EMA | {"_orig_mod.y.bias": torch.ones(2)}, "y.bias is there twice"]),
         ("no step of Euler", "torch.zeros(shape) for name, shape in shapes(architecture)",
          "torch.ones(shape) for name, shape in shapes(architecture)",
          test_weights.test_a_velocity_is_sampled_by_eulers_method),
@@ -770,6 +773,7 @@ CRASHES = {  # the others: an assertion, or an error that is not raised
     "a folder is read": OSError,
     "a bad file for a bad disk": ValueError,
     "sparse tensors": RuntimeError,
+    "raw weights beside averaged ones": ValueError,
     "times of the weights' precision alone": RuntimeError,
 }
 METHOD = "meanflow", "model", "dual"  # the mutants of the other files are slow

@@ -36,7 +36,7 @@ def test_latents_in_the_layout_of_repa_become_shards(monkeypatch, tmp_path):
     for k in range(7):
         path = Path("vae-sd", "00000", f"img-mean-std-{k:08}.npy")
         path.parent.mkdir(parents=True, exist_ok=True)
-        latents.append(torch.randn(8, 4, 4, generator=g))
+        latents.append(torch.rand(8, 4, 4, generator=g))
         np.save(path, latents[-1].numpy())
         files.append([str(path.relative_to("vae-sd")), k % 3])
     Path("vae-sd", "dataset.json").write_text(json.dumps({"labels": files}))
