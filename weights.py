@@ -51,6 +51,10 @@ AVERAGED = r"\b(ema|model_ema|ema_model|ema_state_dict|state_dict_ema|net_ema)(?
 WRAPPERS = r"\b(module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|_flax_\w+)[./]"
 
 
+# When a run is continued; earlier versions wrote the last two.
+MAY_CHANGE = ("steps", "warmup", "precision", "commit", "torch", "epochs", "images")
+
+
 class Sampler(NamedTuple):
     params: dict  # {name: tensor}
     net: Callable  # net(params, *guidance) -> net(z, t, r, y), as meanflow.sample takes it
@@ -492,10 +496,9 @@ def save_checkpoint(folder, step, tensors, metadata):
 
 def check_run(where, before, run, hint="choose another --out"):
     """Raise ValueError if the run `before`, found at `where`, may not be continued as `run`."""
-    for key in run:
-        free = key in ("steps", "warmup", "precision", "commit", "torch")
-        if not free and before.get(key) != run[key]:
-            found = f"{key} {before.get(key)}, not {run[key]}"
+    for key in run | before:
+        if key not in MAY_CHANGE and before.get(key) != run.get(key):
+            found = f"{key} {before.get(key)}, not {run.get(key)}"
             raise ValueError(f"{where} holds a run with {found}: {hint}")
 
 
