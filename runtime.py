@@ -345,20 +345,16 @@ def explain(error):
     return str(error) if isinstance(error, ValueError | OSError) else None
 
 
-def join():
+def meet():
     """Return the store, rank and number of the processes that torchrun started together."""
     rank, size = (int(os.environ.get(name, 0)) for name in ("RANK", "WORLD_SIZE"))
     if not 0 <= rank < size:
         raise ValueError(f"RANK is {rank} and WORLD_SIZE {size}: start it with torchrun")
     try:
-        store, rank, size = next(rendezvous("env://"))
-        # For control and statistics, not gradients; whoever is done first may wait for days.
-        group = dict(store=store, rank=rank, world_size=size, timeout=timedelta(days=7))
-        dist.init_process_group("gloo", **group)
+        return next(rendezvous("env://"))
     except dist.DistError as error:
         hint = "give torchrun another --master-port"
         raise ValueError(f"the processes cannot meet ({reason(error)}): {hint}") from None
-    return store, rank, size
 
 
 def launch(main):
@@ -373,7 +369,10 @@ def launch(main):
     try:
         with signals(interrupt, "ending"):
             if "WORLD_SIZE" in os.environ:
-                store, rank, size = join()
+                store, rank, size = meet()
+                # For control, not gradients; whoever is done first may wait for days.
+                group = dict(store=store, rank=rank, world_size=size, timeout=timedelta(days=7))
+                dist.init_process_group("gloo", **group)
             device = pick_device(int(os.environ.get("LOCAL_RANK", 0)))
             main(sys.argv[1:], World(rank, size, device))
             barrier()

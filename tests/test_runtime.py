@@ -547,6 +547,30 @@ def test_failures_that_are_no_mistake_of_ours_are_explained(error, line):
     assert line or runtime.explain(error) is None
 
 
+@pytest.mark.parametrize("failed", [0, 1])
+def test_a_peer_that_fails_before_all_have_met_is_told_by_itself_alone(monkeypatch, failed):
+    """What is left of it here is a closed connection."""
+
+    class Store:
+        add = staticmethod(lambda name, one: failed + one)
+
+    def closed(*_, **__):
+        raise RuntimeError("Connection closed by peer")
+
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    monkeypatch.setattr(runtime, "rendezvous", lambda _: iter([(Store, 0, 1)]))
+    monkeypatch.setattr(runtime.dist, "init_process_group", closed)
+    ended = []
+    monkeypatch.setattr(runtime.os, "_exit", ended.append)
+    if failed:
+        monkeypatch.setattr(runtime.sys, "exit", lambda status: None)
+        runtime.launch(lambda argv, world: None)
+        assert ended == [1]
+    else:
+        with pytest.raises(RuntimeError, match="Connection closed by peer"):
+            runtime.launch(lambda argv, world: None)
+
+
 @pytest.mark.parametrize("rank, size", [("5", "1"), ("-1", "2"), ("0", "0"), ("0", "x")])
 def test_processes_that_could_only_wait_for_ever_are_refused(monkeypatch, rank, size):
     monkeypatch.setenv("RANK", rank)
@@ -554,7 +578,7 @@ def test_processes_that_could_only_wait_for_ever_are_refused(monkeypatch, rank, 
     with pytest.raises(
         ValueError, match="RANK is 5 and WORLD_SIZE 1: start it with torchrun|RANK|x"
     ):
-        runtime.join()
+        runtime.meet()
 
 
 def test_a_port_in_use_is_told_in_one_line(monkeypatch):
@@ -566,7 +590,7 @@ def test_a_port_in_use_is_told_in_one_line(monkeypatch):
             monkeypatch.setenv(name, value)
         monkeypatch.setenv("MASTER_PORT", port)
         with pytest.raises(ValueError, match="cannot meet .*: give torchrun another --master-port"):
-            runtime.join()
+            runtime.meet()
 
 
 def test_processes_must_agree(monkeypatch):
