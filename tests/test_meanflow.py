@@ -374,6 +374,19 @@ def test_the_fast_loss_is_the_loss(seed, mode, interval, batch, data):
             close(a, b)
 
 
+def test_rows_counted_too_many_have_the_error_of_v_alone():
+    """As the docstring warns: to check the count, the host would have to wait for a GPU."""
+    (net, _), d, x = network(0), draws(0, 5, equal=2), randn(5, 5, 3)
+    y = torch.zeros(5, dtype=torch.int64)
+    _, raw = mf.fast_loss(net, x, y, d, null=NULL, equal=4)
+    _, right = mf.fast_loss(net, x, y, d, null=NULL)
+    z, v = mf.interpolate(x, d.e, d.t)
+    error = (net(z, d.t, d.r, torch.where(d.drop, NULL, y)) - v).square().sum(1)
+    close(raw[:4], error[:4])
+    assert not torch.isclose(raw[2:4], right[2:4]).any()
+    close(raw[4:], right[4:])
+
+
 def test_rows_with_r_equal_t_are_known_without_a_jvp():
     """The fast loss counts the leading rows with r = t and asks for no derivative of them."""
     (net, _), seen = network(0), []
