@@ -357,11 +357,18 @@ def is_complete(path, root, part, about, known):
         tensors, made = read_shard(path, about["source"])
     except (FileNotFoundError, ValueError):
         return False
-    now, entry = (measure(root, part), len(tensors["labels"])), known.get(path.name, {})
-    of_index = now == (entry.get("sizes"), entry.get("count"))  # or it was made again since
-    if made.get("sizes", now[0]) != now[0] or of_index and entry["sha256"] != runtime.sha256(path):
+    count, left_out = tensors.get("labels", torch.empty(0)).numel(), made.get("left_out")
+    if not isinstance(left_out, list) or count + len(left_out) != len(part):
         return False
-    return all(load_crop(root / name, 1)[1] for name in made["left_out"])
+    now, entry = (measure(root, part), count), known.get(path.name, {})
+    of_index = now == (entry.get("sizes"), entry.get("count"))  # or it was made again since
+    if (
+        made.get("sizes", now[0]) != now[0]
+        or of_index
+        and entry.get("sha256") != runtime.sha256(path)
+    ):
+        return False
+    return all(load_crop(root / name, 1)[1] for name in left_out)
 
 
 def save_shard(path, kind, items, labels, source, left_out=(), sizes=""):

@@ -22,6 +22,7 @@ import itertools
 import json
 import math
 import os
+import sys
 import zipfile
 from collections import defaultdict
 from collections.abc import Callable
@@ -126,7 +127,12 @@ def load_images(path, count=None, rank=0, world=1):
             items = ((items + 1) * 127.5).round().byte()
         read = items.__getitem__
     elif os.path.isdir(path):
-        files = [file for file in files_below(path) if file.suffix.lower() in SUFFIXES]
+        found = files_below(path)
+        files = [file for file in found if file.suffix.lower() in SUFFIXES]
+        if others := len(found) - len(files):
+            runtime.say(
+                f"{path}: {others} files without an image's suffix left out", file=sys.stderr
+            )
         labels = [file.relative_to(path).parts[0] for file in files]
 
         def read(k):
@@ -252,8 +258,9 @@ def load_scorer(ref, inception, shape, world):
     if known is None:
         state, _ = measure(ref, features, world, keep_logits=False, shape=shape)
         known, what = fid.statistics(state), f", {state[0]} images" + digest
-        mean, variance = known[0].mean(), known[1].trace()  # tell other images of the same number
-        what += f", mean {mean:.5g}, variance {variance:.5g}"
+        mean, variance = known[0].mean(), known[1].trace()
+        order = known[0] @ torch.arange(len(known[0])).double().cos()  # tells mirror images
+        what += f", mean {mean:.5g}, variance {variance:.5g}, order {order:.5g}"
     if digest and not digest.endswith(runtime.sha256(ref)):
         raise ValueError(f"{ref} changed while it was read: run the same command again")
     image = torch.zeros(1, *shape, dtype=torch.uint8, device=world.device)
@@ -450,6 +457,9 @@ def parse_arguments(argv):
     args = arguments.parse_args(argv)
     flags, first = vars(args), args.what[0]
     if args.plot:
+        kinds = Figure().canvas.get_supported_filetypes()
+        if args.plot.suffix[1:].lower() not in kinds:
+            raise ValueError(f"--plot {args.plot}: name it .png, or one of {', '.join(kinds)}")
         runtime.refuse("with --plot", **{k: flags[k] for k in flags if k not in ("what", "plot")})
         return args
     if is_images(first):
@@ -480,6 +490,14 @@ def is_images(path):
     return path == "digits" or Path(path).suffix.lower() == ".npz"
 
 
+def read_scores(path):
+    """Return the lines of --out. Raise ValueError for somebody's file, to leave it as it is."""
+    lines = runtime.read_lines(path)
+    if not lines and path.exists() and path.read_bytes()[:1] not in (b"", b"{"):
+        raise ValueError(f"--out {path} holds no lines of scores: choose another file")
+    return lines
+
+
 def score_images(path, ref, inception, count, save_stats, world):
     """Write the statistics of images; return their line of scores against `ref`, or no line."""
     if ref:
@@ -500,7 +518,7 @@ def main(argv, world):
     args = parse_arguments(argv)
     if args.plot:
         return plot(args.what, args.plot) if world.rank == 0 else None
-    known = runtime.read_lines(args.out) if args.out and world.rank == 0 else []
+    known = read_scores(args.out) if args.out and world.rank == 0 else []
     known = runtime.all_gather(known)[0]
     ref, inception = args.ref, args.inception
     if is_images(args.what[0]):

@@ -101,7 +101,9 @@ def atomic_write(path, *, new=False):
         if path.exists() and (new or not path.is_file()):
             raise FileExistsError("it exists")
         with TemporaryDirectory(suffix, prefix, path.parent) as folder:
-            temporary = Path(folder, path.name)
+            temporary, lock = Path(folder, path.name), folder_lock(folder)
+            with suppress(NotImplementedError):  # where a disk knows no locks
+                lock.acquire()
             yield temporary
             with open(temporary, "rb+") as file:
                 os.fsync(file.fileno())
@@ -171,6 +173,10 @@ def append_line(path, value):
         file.write(b"\n" * bool(cut) + json.dumps(value).encode() + b"\n")
 
 
+def folder_lock(folder):
+    return FileLock(Path(folder, ".lock"), blocking=False, thread_local=False)
+
+
 def lock_folder(folder):
     """Create the folder and return its lock, held until it is released or the process ends.
 
@@ -180,7 +186,7 @@ def lock_folder(folder):
         raise ValueError(f"{folder} is a file: choose another folder to write")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(folder / ".lock", blocking=False, thread_local=False)
+        lock = folder_lock(folder)
         lock.acquire()
     except Timeout:
         way_out = "wait until it ends, or choose another folder"
@@ -192,9 +198,12 @@ def lock_folder(folder):
 
 
 def sweep(folder):
-    """Remove what processes killed while writing left in a folder of ours, whose lock is held."""
+    """Remove what processes killed while writing left in a folder, but not what one is writing."""
     for leftover in folder.glob(("?" * 8).join(TEMPORARY)):
-        shutil.rmtree(leftover, ignore_errors=True)  # which follows no link
+        with suppress(OSError, Timeout):
+            if not leftover.is_symlink():
+                with folder_lock(leftover):
+                    shutil.rmtree(leftover)
 
 
 def commit():

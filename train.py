@@ -185,14 +185,17 @@ def saved_tensors(state):
 def read_log(folder, step, run):
     """Return the lines of log.jsonl up to `step`, or just `run` if nothing was ever saved. Raise
     ValueError if they are another run's, or no run's."""
-    path = folder / "log.jsonl"
-    saved = step or weights.orphans(folder) or (folder / "curve.png").exists()
+    path, half_saves = folder / "log.jsonl", weights.orphans(folder)
     first, *rest = runtime.read_lines(path) or [{}]
-    if not saved and (first.keys() >= set(Plan._fields) or not os.path.lexists(path)):
+    saved = step or half_saves or (folder / "curve.png").exists()
+    is_run = first.keys() >= {"lr", "batch", "steps"}
+    if not saved and not rest and (is_run or not os.path.lexists(path)):
         return [json.dumps(run)]  # an earlier try may have failed before its first save
-    if not saved or not first:
+    if not first or not (saved or is_run):
         raise ValueError(f"{path} is missing, or not the log of a run: choose another --out")
     weights.check_run(folder, first, run)
+    if rest and not (step or half_saves):
+        runtime.say(f"{folder} holds no save: starting from step 0", file=sys.stderr)
     kept = [line for line in rest if isinstance(k := line.get("step", 0), int) and k <= step]
     return [json.dumps(line) for line in [first, *kept]]
 

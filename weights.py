@@ -32,7 +32,7 @@ import imf
 import meanflow
 import model
 from model import config, dit, positions, shapes, sinusoids
-from runtime import check_tensors, read_tensors, reading, refuse, save_tensors, say, sha256
+from runtime import agree, check_tensors, read_tensors, reading, refuse, save_tensors, say, sha256
 from vae import SCALE
 from vae import convert as convert_vae
 from vae import shapes as vae_shapes
@@ -368,6 +368,7 @@ def open_sampler(path, device, *, convention=None, steps=1, vae=None, scale=None
     vae: a path; scale: of latents. Raises ValueError if one is missing or would be ignored.
     """
     sampler = load(path, device, convention=convention, steps=steps)
+    agree(sampler.weights, f"weights in {path}")
     if sampler.kind == "pixels":
         refuse(f"as {path} makes pixels", vae=vae, scale=scale)
         return sampler

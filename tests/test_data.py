@@ -397,6 +397,22 @@ def test_a_damaged_shard_is_made_again(pictures, shards, tmp_path):
     assert same(folder, shards[0])
 
 
+def test_a_shard_that_lacks_images_is_made_again(pictures, shards, tmp_path):
+    """Also one of an earlier version, and without an index that tells its checksum."""
+    folder = shutil.copytree(shards[0], tmp_path / "data")
+    (folder / "index.json").unlink()
+    path = folder / "shard-00001.safetensors"
+    tensors, about = runtime.read_tensors(path, "")
+    about = {k: v for k, v in json.loads(about["about"]).items() if k != "sizes"}
+    fewer = {name: p[1:].clone() for name, p in tensors.items()}
+    runtime.save_tensors(path, fewer, {"about": json.dumps(about)})
+    path = folder / "shard-00000.safetensors"
+    _, about = runtime.read_tensors(path, "")
+    runtime.save_tensors(path, {"pixels": torch.zeros(1)}, about)
+    convert(pictures, folder)
+    assert same(folder, shards[0])
+
+
 def test_without_resolution_pixels_keep_the_size_of_the_first(pictures, tmp_path, capsys):
     data.main([str(pictures), str(tmp_path / "data")], runtime.World())
     first = Image.open(sorted(pictures.rglob("*.jpg"))[0])

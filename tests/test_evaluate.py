@@ -554,6 +554,12 @@ def test_a_reference_is_known_by_what_it_holds(tmp_path):
     paint_noise(tmp_path / "0.png", 9)
     other = evaluate.load_scorer(str(tmp_path), None, shape, runtime.World())
     assert first.about == again.about != other.about
+    for k in range(4):
+        Image.open(tmp_path / f"{k}.png").transpose(Image.Transpose.FLIP_LEFT_RIGHT).save(
+            tmp_path / f"{k}.png"
+        )
+    mirrored = evaluate.load_scorer(str(tmp_path), None, shape, runtime.World())
+    assert mirrored.about != other.about  # although mean and variance are the same
     assert other.about["reference"].startswith(f"{tmp_path}, 4 images, mean ")
 
 
@@ -758,7 +764,7 @@ def test_the_score_of_samples_in_one_line(checkpoint, capsys):
     known = {
         "count": 60,
         "features": "raw pixels in [-1, 1]",
-        "reference": "digits, 1797 images, mean -0.38938, variance 18.761",
+        "reference": "digits, 1797 images, mean -0.38938, variance 18.761, order -4.4409",
         "steps": 2,
         "seed": 3,
         "guidance": None,
@@ -908,6 +914,14 @@ def test_what_data_py_wrote_is_a_reference_too(tmp_path, capsys):
         (["tests", "--ref", "digits"], "tests holds no ema-STEP.safetensors: train one with"),
         (["--ref", "digits", "--out", "no/x"], "--out no/x: give a file in a folder that exists"),
         (["--ref", "digits", "--out", "tests"], "--out tests: give a file in a folder that exists"),
+        (
+            ["--ref", "digits", "--out", "digits.npz"],
+            "--out digits.npz holds no lines of scores: choose",
+        ),
+        (
+            ["--ref", "digits", "--out", "README.md"],
+            "--out README.md holds no lines of scores: choose",
+        ),
     ],
 )
 def test_bad_arguments_of_checkpoints(monkeypatch, checkpoint, flags, words):
@@ -1336,6 +1350,8 @@ def test_curves_are_drawn_from_the_command_line(monkeypatch, tmp_path):
     assert (tmp_path / "x.png").read_bytes() == before
     message = fails(monkeypatch, "evaluate.py", tmp_path / "no", "--plot", tmp_path / "y.png")
     assert f"{tmp_path / 'no'} holds no log.jsonl" in message
+    message = fails(monkeypatch, "evaluate.py", runs[0], "--plot", "README")
+    assert "--plot README: name it .png, or one of " in message
     message = fails(monkeypatch, "evaluate.py", runs[0], "--plot", tmp_path / "no" / "y.png")
     assert f"{tmp_path / 'no' / 'y.png'} cannot be written (" in message
 

@@ -342,6 +342,15 @@ def test_sweeping_removes_leftovers_of_ours_and_nothing_else(tmp_path):
     assert before.keys() - contents(tmp_path).keys() == gone
 
 
+def test_sweeping_keeps_what_another_is_writing(tmp_path):
+    """Such as a picture or samples, which anybody may write into a run's folder."""
+    with runtime.atomic_write(tmp_path / "x") as temporary:
+        temporary.write_text("mine")
+        runtime.sweep(tmp_path)
+        assert temporary.read_text() == "mine"
+    assert (tmp_path / "x").read_text() == "mine"
+
+
 @slow
 def test_a_killed_process_leaves_what_the_next_one_sweeps_up(tmp_path):
     code = "import pathlib, runtime, sys\n"

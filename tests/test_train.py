@@ -1455,7 +1455,9 @@ def test_a_log_that_is_no_file_is_told(tmp_path, make):
     assert [p.name for p in tmp_path.iterdir()] == ["log.jsonl"]
 
 
-def test_a_try_that_failed_before_its_first_save_keeps_no_folder_occupied(monkeypatch, tmp_path):
+def test_a_try_that_failed_before_its_first_save_keeps_no_folder_occupied(
+    monkeypatch, tmp_path, capsys
+):
     monkeypatch.setattr(evaluate, "report", nothing)
     words = ["--batch", "4", "--steps", "2", "--out", str(tmp_path), "--seed"]
     with monkeypatch.context() as m, pytest.raises(RuntimeError):
@@ -1471,8 +1473,13 @@ def test_a_try_that_failed_before_its_first_save_keeps_no_folder_occupied(monkey
     assert first["seed"] == 2 and line["step"] == 2
     for path in tmp_path.glob("*.safetensors"):
         path.unlink()  # its log is not that of a try
-    with pytest.raises(ValueError, match="holds a run with seed 2, not 3"):
-        train.main([*words, "3"], World())
+    for _ in "ab":
+        with pytest.raises(ValueError, match="holds a run with seed 2, not 3"):
+            train.main([*words, "3"], World())
+        (tmp_path / "curve.png").unlink(missing_ok=True)
+    capsys.readouterr()
+    train.main([*words, "2"], World())
+    assert f"{tmp_path} holds no save: starting from step 0\n" in capsys.readouterr().err
 
 
 def test_half_a_save_is_told(plain, tmp_path, capsys):
