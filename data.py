@@ -43,7 +43,7 @@ from tqdm import tqdm
 
 import runtime
 from vae import SCALE, encode
-from weights import VAE, load_vae
+from weights import VAE, first_sha256, load_vae
 
 DIGITS = "b2dab7b501728c22e9119ad76740b2e17c77a231e42d1e592380d90886f1a05e"  # digits.npz's sha256
 SHARD, SHARD_BYTES = 1024, 2**28  # a shard's images, and the bytes of their pixels, at most
@@ -196,7 +196,8 @@ def load_data(folder, rank=0, world=1):
         if os.path.isdir("digits"):
             raise ValueError("digits is a folder here, too: give ./digits, or rename it")
         return digits()
-    index, hint = read_index(Path(folder, "index.json")), "delete it and run data.py again"
+    index = read_index(Path(folder, "index.json"))
+    hint = "delete this shard, not the index, and run data.py again"
     entries = {Path(folder, Path(name).name): entry for name, entry in index["shards"].items()}
     shards = {path: runtime.read_tensors(path, hint)[0] for path in entries}
     mine = list(entries)[rank::world]
@@ -484,7 +485,7 @@ def main(argv, world):
         "mirror": not args.no_mirror,
         "channels": 4 if vae else 3,
         "scale": SCALE if vae else None,
-        "vae": runtime.sha256(args.vae) if vae else None,
+        "vae": first_sha256(args.vae) if vae else None,
         "classes": classes,
     }
     about["source"] = checksum([about, files])

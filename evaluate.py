@@ -224,7 +224,8 @@ def measure(path, features, world, count=None, keep_logits=True, shape=None):
     def check(shapes):
         if len(shapes) > 1 and features is pixels:
             found = " and ".join(map(str, sorted(shapes)[:2]))
-            raise ValueError(f"{path}: images of {found} cannot be compared: give --inception")
+            whose = f"{path} and what it is compared with" if shape else path
+            raise ValueError(f"{whose}: images of {found} cannot be compared: give --inception")
 
     def batches():
         while part := [image.to(world.device) for image in itertools.islice(images, 64)]:
@@ -312,7 +313,7 @@ def describe(sampler, scorer, samples, device):
         "precision": {"network": "float32", "decoder": sampler.vae and decoder},
         "classes": how,
         "weights": sampler.weights,
-        "vae": samples.vae and runtime.sha256(samples.vae),
+        "vae": samples.vae and weights.first_sha256(samples.vae),
         "scale": samples.scale,
         "convention": samples.convention,
     }
@@ -399,7 +400,9 @@ def plot(folders, path):
 
     Of a single run, the raw errors are also shown by quarter of t.
     """
-    logs = {}
+    logs, kinds = {}, Figure().canvas.get_supported_filetypes()
+    if Path(path).suffix[1:].lower() not in kinds:
+        raise ValueError(f"{path} is no picture: name it .png, or one of {', '.join(kinds)}")
     for folder in folders:
         if not Path(folder, "log.jsonl").is_file():
             raise FileNotFoundError(f"{folder} holds no log.jsonl: give the folder of a run")
@@ -419,7 +422,7 @@ def plot(folders, path):
         axes.set(title=name, xlabel="step", yscale="log")
         axes.legend(fontsize="small")
     with runtime.atomic_write(path) as temporary:
-        figure.savefig(temporary, format=Path(path).suffix[1:] or "png", dpi=100)
+        figure.savefig(temporary, dpi=100)
 
 
 def draw_line(axes, lines, name, label, k=None, **style):
@@ -457,9 +460,6 @@ def parse_arguments(argv):
     args = arguments.parse_args(argv)
     flags, first = vars(args), args.what[0]
     if args.plot:
-        kinds = Figure().canvas.get_supported_filetypes()
-        if args.plot.suffix[1:].lower() not in kinds:
-            raise ValueError(f"--plot {args.plot}: name it .png, or one of {', '.join(kinds)}")
         runtime.refuse("with --plot", **{k: flags[k] for k in flags if k not in ("what", "plot")})
         return args
     if is_images(first):

@@ -242,9 +242,8 @@ def fast_loss(
     no layer mixes rows; batch norm in training does, and this is then another function than `loss`.
 
     jvp: dual.jvp is the cheap one; torch.func.jvp takes three forwards where that takes two. equal:
-    how many of the first rows have r = t. None counts them, which makes the host wait for a GPU and
-    does not compile. A number is not checked: a row with r < t among them has the error of v alone.
-    A row with r = t further down is right too, and merely costs more.
+    how many of the first rows have r = t; others merely cost more. None counts them: the host waits
+    for a GPU, nothing compiles. A number is not checked: too many rows have the error of v alone.
     """
     e, t, r, drop = draws
     z, v = interpolate(x, e, t)

@@ -298,6 +298,7 @@ def signals(handler, notice):
     """At the first SIGTERM or Ctrl-C say `notice` and call handler(). The second does what it did
     before, and so does the first once this is over."""
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    before = {number: old for number, old in before.items() if old != signal.SIG_IGN}
 
     def put_back():
         for number, old in before.items():
@@ -354,16 +355,35 @@ def explain(error):
     return str(error) if isinstance(error, ValueError | OSError) else None
 
 
+@contextmanager
+def waiting():
+    """Let Ctrl-C end the process at once, as SIGTERM does: Python's own way waits for torch's."""
+    before = signal.getsignal(signal.SIGINT)
+    if before is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def meet():
     """Return the store, rank and number of the processes that torchrun started together."""
-    rank, size = (int(os.environ.get(name, 0)) for name in ("RANK", "WORLD_SIZE"))
-    if not 0 <= rank < size:
-        raise ValueError(f"RANK is {rank} and WORLD_SIZE {size}: start it with torchrun")
+    found = [os.environ.get(name, "0") for name in ("LOCAL_RANK", "RANK", "WORLD_SIZE")]
+    if not all(map(str.isdecimal, found)) or not int(found[0]) <= int(found[1]) < int(found[2]):
+        found = "LOCAL_RANK is {!r}, RANK {!r} and WORLD_SIZE {!r}".format(*found)
+        raise ValueError(f"{found}: start it with torchrun")
     try:
         return next(rendezvous("env://"))
     except dist.DistError as error:
         hint = "give torchrun another --master-port"
         raise ValueError(f"the processes cannot meet ({reason(error)}): {hint}") from None
+
+
+def join(store, rank, size):
+    """Let processes that have met talk, not of gradients. Whoever is done may wait for days."""
+    days = timedelta(days=7)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=days)
 
 
 def launch(main):
@@ -376,13 +396,12 @@ def launch(main):
     store, rank, size, status = None, 0, 1, 0
     open_streams()
     try:
-        with signals(interrupt, "ending"):
-            if "WORLD_SIZE" in os.environ:
+        if "WORLD_SIZE" in os.environ:
+            with waiting():
                 store, rank, size = meet()
-                # For control, not gradients; whoever is done first may wait for days.
-                group = dict(store=store, rank=rank, world_size=size, timeout=timedelta(days=7))
-                dist.init_process_group("gloo", **group)
-            device = pick_device(int(os.environ.get("LOCAL_RANK", 0)))
+                join(store, rank, size)
+        with signals(interrupt, "ending"):
+            device = pick_device(int(os.environ.get("LOCAL_RANK") or 0))
             main(sys.argv[1:], World(rank, size, device))
             barrier()
     except KeyboardInterrupt:
@@ -418,10 +437,11 @@ class Parser(argparse.ArgumentParser):
         raise ValueError(message)
 
     def parse_args(self, argv):
-        for before, word in pairwise(("the first argument", *argv)):
+        for k, (before, word) in enumerate(pairwise(("", *argv)), 1):
             word = word.strip()  # nothing is left of a shell's variable that is not set
             if not word or word.startswith("--") and word.endswith("="):
-                raise ValueError(f"{word or before} is empty: give a value, or leave it out")
+                name = word or (before if before.startswith("-") else f"argument {k}")
+                raise ValueError(f"{name} is empty: give a value, or leave it out")
         return super().parse_args(argv)
 
 

@@ -19,7 +19,7 @@ import re
 import sys
 import zipfile
 from collections.abc import Callable
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -347,6 +347,12 @@ def choose_guidance(path, sampler, omega=None, interval=None):
     return sampler._replace(guidance=imf.check_guidance(omega, *(interval or times)))
 
 
+@lru_cache
+def first_sha256(path):
+    """Return the sha256 of a file as it was when this was first asked, for what results name."""
+    return sha256(path)
+
+
 def load_vae(path, device="cpu", wanted=""):
     """Return the VAE's parameters, {name: float32 tensor}, from its safetensors file.
 
@@ -357,7 +363,9 @@ def load_vae(path, device="cpu", wanted=""):
     check_tensors(path, tensors, {k: tuple(p.shape) for k, p in tensors.items()}, VAE)
     params = convert_vae(tensors, device)
     check_tensors(path, params, vae_shapes(), VAE)
-    if wanted and sha256(path) != wanted:
+    if sha256(path) != first_sha256(path):
+        raise ValueError(f"{path} has changed since it was first read: run the same command again")
+    if wanted and first_sha256(path) != wanted:
         say(f"{path}: latents were encoded by another VAE, sha256 {wanted[:64]}", file=sys.stderr)
     return params
 

@@ -1163,7 +1163,7 @@ DAMAGE = {
     ),
     "a shard missing": (
         lambda folder: (folder / SECOND).unlink(),
-        f"{SECOND} is not a file: delete it and run data.py again",
+        f"{SECOND} is not a file: delete this shard, not the index",
     ),
     "a shard cut short": (
         lambda folder: (folder / SECOND).write_bytes((folder / SECOND).read_bytes()[:-9]),

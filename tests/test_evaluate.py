@@ -1351,7 +1351,7 @@ def test_curves_are_drawn_from_the_command_line(monkeypatch, tmp_path):
     message = fails(monkeypatch, "evaluate.py", tmp_path / "no", "--plot", tmp_path / "y.png")
     assert f"{tmp_path / 'no'} holds no log.jsonl" in message
     message = fails(monkeypatch, "evaluate.py", runs[0], "--plot", "README")
-    assert "--plot README: name it .png, or one of " in message
+    assert "README is no picture: name it .png, or one of " in message
     message = fails(monkeypatch, "evaluate.py", runs[0], "--plot", tmp_path / "no" / "y.png")
     assert f"{tmp_path / 'no' / 'y.png'} cannot be written (" in message
 

@@ -10,6 +10,7 @@ import socket
 import stat
 import subprocess
 import sys
+import time
 from datetime import timedelta
 
 import numpy as np
@@ -17,7 +18,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from processes import ENVIRONMENT, LAUNCH, ROOT, finish, run, start
+from processes import ENVIRONMENT, LAUNCH, ROOT, finish, free_port, run, start, wait_until
 from safetensors import SafetensorError
 from safetensors.torch import save
 from torch._dynamo.exc import TorchDynamoException
@@ -457,7 +458,8 @@ def test_the_first_signal_is_noted_and_the_second_does_what_it_did(capfd):
             for number in numbers:
                 signal.signal(number, handler)
             with pytest.raises(ZeroDivisionError), runtime.signals(list, "saving"):
-                assert signal.getsignal(number) is not handler
+                changed = [signal.getsignal(number) is not handler for number in numbers]
+                assert changed == 2 * [handler is not signal.SIG_IGN]
                 raise ZeroDivisionError
             assert [signal.getsignal(number) for number in numbers] == [handler, handler]
     finally:
@@ -580,14 +582,39 @@ def test_a_peer_that_fails_before_all_have_met_is_told_by_itself_alone(monkeypat
             runtime.launch(lambda argv, world: None)
 
 
-@pytest.mark.parametrize("rank, size", [("5", "1"), ("-1", "2"), ("0", "0"), ("0", "x")])
-def test_processes_that_could_only_wait_for_ever_are_refused(monkeypatch, rank, size):
-    monkeypatch.setenv("RANK", rank)
-    monkeypatch.setenv("WORLD_SIZE", size)
-    with pytest.raises(
-        ValueError, match="RANK is 5 and WORLD_SIZE 1: start it with torchrun|RANK|x"
-    ):
+@pytest.mark.parametrize(
+    "local, rank, size",
+    [("0", "5", "1"), ("0", "-1", "2"), ("0", "0", "0"), ("0", "0", "x"), ("", "0", "1"), *["110"]],
+)
+def test_processes_that_could_only_wait_for_ever_are_refused(monkeypatch, local, rank, size):
+    for name, value in dict(LOCAL_RANK=local, RANK=rank, WORLD_SIZE=size).items():
+        monkeypatch.setenv(name, value)
+    words = (
+        f"LOCAL_RANK is '{local}', RANK '{rank}' and WORLD_SIZE '{size}': start it with torchrun"
+    )
+    with pytest.raises(ValueError, match=words):
         runtime.meet()
+
+
+@slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("ignored", [False, True])
+def test_a_process_whose_peers_never_come_ends_at_a_signal(number, ignored):
+    """Unless a shell has told it to ignore it, as Ctrl-C in the background."""
+    port = free_port()
+    here = dict(RANK="0", WORLD_SIZE="2", MASTER_ADDR="localhost", MASTER_PORT=str(port))
+    code = f"import signal, runtime; signal.signal({number:d}, signal.SIG_IGN)\n" * ignored
+    code += "import runtime; runtime.launch(print)"
+    process = start("-c", code, env=ENVIRONMENT | here)
+    wait_until(lambda: socket.socket().connect_ex(("localhost", port)) == 0, process)
+    time.sleep(0.5)
+    process.send_signal(number)
+    if ignored:
+        time.sleep(1)
+        assert process.poll() is None
+        process.kill()
+    else:
+        assert process.wait(20) == -number
 
 
 def test_a_port_in_use_is_told_in_one_line(monkeypatch):
@@ -765,7 +792,8 @@ def test_bad_arguments_are_told_in_one_line():
         (["--fid", " \t"], "--fid"),
         (["--fid="], "--fid="),
         (["--fid", "x", "--out="], "--out="),
-        (["", "--fid", "x"], "the first argument"),
+        (["", "--fid", "x"], "argument 1"),
+        (["--fid", "x", "a", ""], "argument 4"),
     ],
 )
 def test_an_empty_value_is_an_error(argv, what):
