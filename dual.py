@@ -161,19 +161,11 @@ class Traced:
         if name in PROPERTIES:
             return call(Traced, PROPERTIES[name], (self,), {})
         if name in METHODS:
-            function = METHODS[name]
-            return lambda *args, **kwargs: call(Traced, function, (self, *args), kwargs)
+            return lambda *args, **kwargs: call(Traced, METHODS[name], (self, *args), kwargs)
         raise AttributeError(name)
-
-    def __setitem__(self, key, x):
-        write(Traced, set_item, (self, key, x), {})
 
     def __iter__(self):
         return iter(self.unbind())
-
-
-def set_item(x, key, value):
-    x[key] = value
 
 
 def compile(f, **options):
@@ -261,8 +253,6 @@ def call(shell, function, args, kwargs):
             target, *args = args or [kwargs.pop("input")]
             return overwrite(target, call(shell, function, (target.clone(), *args), kwargs))
     rule = RULES.get(function)
-    if rule is write:
-        return write(shell, function, args, kwargs)
     try:
         found = rule and rule(function, *args, **kwargs)
     except TypeError:  # torch takes more spellings of its arguments than our rules do
@@ -373,10 +363,9 @@ def differentiate(function, leaves, spec, in_place=False):
     return [torch.zeros_like(y) if dy is None else dy for y, dy in pairs]
 
 
-def write(shell, function, args, kwargs):
+def write(function, *args, **kwargs):
     """Write in place to the value and to the tangent of the first argument."""
     if not args:
-        kwargs = dict(kwargs)
         args = (kwargs.pop("input"),)
     leaves, spec = tree_flatten((args, kwargs))
     target, values = leaves[0], [value_of(a) for a in leaves]
@@ -384,7 +373,7 @@ def write(shell, function, args, kwargs):
         hint = "make that tensor by zeros_like or new_zeros of one that has, or write a detach()"
         raise lost(function, "into a tensor that has no tangent ", hint)
     if not is_dual(target):
-        return invoke(function, values, spec)
+        return invoke(function, values, spec), None
     state, before = random_state(values), layout(target.value)
     [tangent] = differentiate(function, leaves, spec, in_place=True)
     restore(state)
@@ -393,7 +382,7 @@ def write(shell, function, args, kwargs):
         target.tangent.copy_(tangent)
     else:  # t_(), squeeze_() and their like write nothing
         invoke(function, [target.tangent, *values[1:]], spec)
-    return None if out is None else target
+    return None if out is None else target, None
 
 
 def overwrite(target, new):
@@ -541,16 +530,11 @@ def divide(function, input, other, **kwargs):
 
 
 def add(function, input, other, **kwargs):
-    y = function(value_of(input), value_of(other), **kwargs)
-    if not is_dual(other):
-        return y, input.tangent.expand(y.shape).clone()  # clone: y += 1 must not write to input
-    dx = input.tangent if is_dual(input) else torch.zeros_like(y)
-    return y, function(dx, other.tangent, **kwargs)
-
-
-def subtract_from(function, input, other, *, alpha=1):
-    """other - alpha input"""
-    return None if alpha != 1 else add(operator.sub, other, input)
+    """The sum or difference of the tangents; with 0 as well, since y += 1 must not write to it."""
+    (x, dx), (z, dz) = split(input), split(other)
+    y = function(x, z, **kwargs)
+    dx = y.new_zeros(()) if dx is None else dx
+    return y, function(dx, 0 if dz is None else dz, **kwargs)
 
 
 def product_rule(function, *args):
@@ -620,9 +604,7 @@ def pad(function, input, pad, mode="constant", value=None):
     return y, function(input.tangent, pad, mode, 0.0 if mode == "constant" else None)
 
 
-def where(function, condition, input=None, other=None):
-    if input is None:
-        return None
+def where(function, condition, input, other):
     (x, dx), (z, dz) = split(input), split(other)
     dx, dz = (0.0 if a is None else a for a in (dx, dz))
     return function(condition, x, z), function(condition, dx, dz)
@@ -810,8 +792,7 @@ BY_NAME = {
     "ifftshift avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d "
     "adaptive_avg_pool3d interpolate pixel_shuffle pixel_unshuffle": alike,
     "div divide truediv true_divide": divide,
-    "add sub": add,
-    "rsub": subtract_from,
+    "add sub rsub": add,
     "mul multiply matmul mm bmm mv dot outer inner": product,
     "einsum": einsum,
     "addmm addbmm baddbmm addmv": add_product,
@@ -870,37 +851,29 @@ INPLACE_AT = {  # which argument `inplace` is: Dynamo gives it by position
 # --- what a Traced has of a tensor ---
 
 
-def methods():
-    """Return the methods of tensors. Dynamo follows those written in Python only by name."""
-    for name in dir(torch.Tensor):
-        method = getattr(torch.Tensor, name)
-        if isinstance(method, types.FunctionType):
-            by_name = functools.partial(call_method, name)
-            RULES[by_name] = RULES.get(method)
-            yield name, by_name
-        elif callable(method):
-            yield name, method
-
-
 def call_method(name, x, *args, **kwargs):
     return getattr(x, name)(*args, **kwargs)
+
+
+METHODS = {name: getattr(torch.Tensor, name) for name in dir(torch.Tensor) if name[:2] != "__"}
+METHODS = {name: method for name, method in METHODS.items() if callable(method)}
+for name, method in METHODS.items():
+    if isinstance(method, types.FunctionType):  # Dynamo follows those in Python only by name
+        METHODS[name] = functools.partial(call_method, name)
+        RULES[METHODS[name]] = RULES.get(method)
 
 
 def define(name, function, swapped=False):
     def run(self, *args):
         return call(Traced, function, (*args, self) if swapped else (self, *args), {})
 
-    setattr(Traced, name, run)
+    setattr(Traced, f"__{name}__", run)
 
 
-def define_operators():
-    for name in "add sub mul truediv floordiv mod pow matmul".split():
-        define(f"__{name}__", getattr(operator, name))
-        define(f"__r{name}__", getattr(operator, name), swapped=True)
-    for name in "neg pos abs getitem eq ne lt le gt ge iadd isub imul itruediv ipow".split():
-        define(f"__{name}__", getattr(operator, name))
-    define("__len__", torch.Tensor.__len__)
-
-
-METHODS = {name: method for name, method in methods() if not name.startswith("__")}
-define_operators()
+for name in "add sub mul truediv floordiv mod pow matmul".split():
+    define(name, getattr(operator, name))
+    define(f"r{name}", getattr(operator, name), swapped=True)
+for name in "neg pos abs getitem eq ne lt le gt ge iadd isub imul itruediv ipow".split():
+    define(name, getattr(operator, name))
+for name in ("len", "setitem"):
+    define(name, getattr(torch.Tensor, f"__{name}__"))
