@@ -524,11 +524,6 @@ def alike(function, *args, **kwargs):
     return y, function(dx, *args, **kwargs)
 
 
-@only_first
-def divide(function, input, other, **kwargs):
-    return None if kwargs else alike(function, input, other)
-
-
 def add(function, input, other, **kwargs):
     """The sum or difference of the tangents; with 0 as well, since y += 1 must not write to it."""
     (x, dx), (z, dz) = split(input), split(other)
@@ -577,15 +572,17 @@ def affine(function, input, weight, bias=None, *args, **kwargs):
     return y, function(input.tangent, weight.detach(), None, *args, **kwargs)
 
 
-def elementwise(derivative):
-    """Return the rule of a function of one number. derivative(x, y, dx, ...) -> dy."""
+def of_first(derivative):
+    """Return the rule of a function whose first argument has a tangent, and no other.
+
+    derivative(x, y, dx, *others, **options) -> dy is given the function's arguments as constants.
+    """
 
     @only_first
-    def rule(function, input, **kwargs):
-        if input.is_complex():
-            return None
-        y = function(input.value, **kwargs)
-        return y, derivative(constant(input), y.detach(), input.tangent, **kwargs)
+    def rule(function, input, *args, **kwargs):
+        y = function(input.value, *args, **kwargs)
+        args, kwargs = unpack(args, kwargs, constant)
+        return y, derivative(constant(input), y.detach(), input.tangent, *args, **kwargs)
 
     return rule
 
@@ -647,39 +644,20 @@ def layer_norm_jvp(x, dx, shape, eps):
     return backward(dx, x, shape, mean, rstd, None, None, only_dx)[0]
 
 
-@only_first
-def layer_norm(function, input, normalized_shape, weight=None, bias=None, eps=1e-5, *args):
-    y = function(input.value, normalized_shape, weight, bias, eps, *args)
-    dy = layer_norm_jvp(constant(input), input.tangent, normalized_shape, eps)
-    return y, dy if weight is None else dy * weight.detach()
+@of_first
+def layer_norm(x, y, dx, normalized_shape, weight=None, bias=None, eps=1e-5, *args):
+    dy = layer_norm_jvp(x, dx, normalized_shape, eps)
+    return dy if weight is None else dy * weight
 
 
-@only_first
-def group_norm(function, input, num_groups, weight=None, bias=None, eps=1e-5, *args):
-    y = function(input.value, num_groups, weight, bias, eps, *args)
-    x, dx = constant(input), input.tangent
+def scale_channels(dy, weight):
+    return dy if weight is None else dy * weight.detach().view(-1, *[1] * (dy.ndim - 2))
+
+
+@of_first
+def group_norm(x, y, dx, num_groups, weight=None, bias=None, eps=1e-5, *args):
     x, dx = (a.unflatten(1, (num_groups, -1)).flatten(2) for a in (x, dx))
-    dy = layer_norm_jvp(x, dx, x.shape[2:], eps).view(y.shape)
-    return y, dy if weight is None else dy * weight.detach().view(-1, *[1] * (y.ndim - 2))
-
-
-def norm_jvp(x, dx, dims, eps, centre):
-    """Remove from dx its mean and its part along the output n, then divide it as x is divided."""
-    x = single(x)
-    if centre:
-        x, dx = x - x.mean(dims, keepdim=True), dx - dx.mean(dims, keepdim=True)
-    scale = (x.square().mean(dims, keepdim=True) + eps).rsqrt()
-    n = x * scale
-    return (dx - n * (n * dx).mean(dims, keepdim=True)) * scale
-
-
-@only_first
-def rms_norm(function, input, normalized_shape, weight=None, eps=None):
-    y = function(input.value, normalized_shape, weight, eps)
-    eps = torch.finfo(single(y).dtype).eps if eps is None else eps
-    dims = tuple(range(-len(normalized_shape), 0))
-    dy = norm_jvp(constant(input), input.tangent, dims, eps, centre=False)
-    return y, dy if weight is None else dy * weight.detach()
+    return scale_channels(layer_norm_jvp(x, dx, x.shape[2:], eps).view(y.shape), weight)
 
 
 @only_first
@@ -688,12 +666,24 @@ def batch_norm(
 ):
     """The running mean and variance are written once, by the value."""
     y = function(input.value, mean, variance, weight, bias, training, momentum, eps)
-    shape, dx = (-1, *[1] * (y.ndim - 2)), input.tangent
+    x, dx = constant(input), input.tangent
     if training or variance is None:
-        dy = norm_jvp(constant(input), dx, [0, *range(2, y.ndim)], eps, centre=True)
+        x, dx = (a.transpose(0, 1).flatten(1) for a in (x, dx))
+        dy = layer_norm_jvp(x, dx, x.shape[1:], eps).view(y.transpose(0, 1).shape).transpose(0, 1)
     else:
-        dy = dx * (variance.detach() + eps).rsqrt().view(shape)
-    return y, dy if weight is None else dy * weight.detach().view(shape)
+        dy = scale_channels(dx, (variance + eps).rsqrt())
+    return y, scale_channels(dy, weight)
+
+
+@of_first
+def rms_norm(x, y, dx, normalized_shape, weight=None, eps=None):
+    """Remove from dx its part along the output n, then divide it as x is divided."""
+    x, dims = single(x), tuple(range(-len(normalized_shape), 0))
+    eps = torch.finfo(x.dtype).eps if eps is None else eps
+    scale = (x.square().mean(dims, keepdim=True) + eps).rsqrt()
+    n = x * scale
+    dy = (dx - n * (n * dx).mean(dims, keepdim=True)) * scale
+    return dy if weight is None else dy * weight
 
 
 def attention(
@@ -708,33 +698,25 @@ def attention(
     enable_gqa=False,
 ):
     """softmax(scale q k + mask) v, whose value may use any kernel."""
-    if dropout_p > 0 and (attn_mask is None or not is_causal):  # both together are an error
-        return split(
-            plain_attention(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
-        )
-    if is_dual(attn_mask):
-        return None
-    options = dict(is_causal=is_causal, scale=scale, enable_gqa=enable_gqa)
-    y = function(*map(value_of, (query, key, value)), attn_mask, **options)
+    dropped = dropout_p > 0 and (attn_mask is None or not is_causal)  # both together are an error
+    if not dropped:
+        args = map(value_of, (query, key, value, attn_mask))
+        y = function(*args, is_causal=is_causal, scale=scale, enable_gqa=enable_gqa)
     if enable_gqa:
-        key, value = (repeat_heads(a, query) for a in (key, value))
-    (q, dq), (k, dk), (v, dv) = ((constant(a), split(a)[1]) for a in (query, key, value))
-    p = attention_weights(q, k, constant(attn_mask), is_causal, scale)
-    ds = product_rule(lambda q, k: q @ k.mT, query, key)
-    terms = [] if dv is None else [p.to(v.dtype) @ dv]
-    if ds is not None:
-        ds = single(ds) * (q.shape[-1] ** -0.5 if scale is None else scale)
-        terms.append(softmax_jvp(p, ds, -1).to(v.dtype) @ v)
-    return y, functools.reduce(torch.add, terms)
+        groups = query.shape[-3] // key.shape[-3]
+        key, value = (a.repeat_interleave(groups, -3) for a in (key, value))
+    if dropped:  # value and tangent need one mask
+        p = F.dropout(attention_weights(query, key, attn_mask, is_causal, scale), dropout_p)
+        return split(torch.matmul(p.to(value.dtype), value))
+    with torch.no_grad():
+        p = attention_weights(query, key, attn_mask, is_causal, scale)
+        return y, product_rule(torch.matmul, p.to(value.dtype), value)
 
 
-def repeat_heads(x, query):
-    return x.repeat_interleave(query.shape[-3] // x.shape[-3], -3)
-
-
-def attention_weights(q, k, mask, is_causal, scale):
+def attention_weights(query, key, mask, is_causal, scale):
     """Return the weights of attention, in float32 at least, as the math kernel has them."""
-    scores = single(torch.matmul(q, k.mT)) * (q.shape[-1] ** -0.5 if scale is None else scale)
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    scores = single(torch.matmul(query, key.mT)) * scale
     if is_causal:
         mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
     if mask is None:
@@ -742,14 +724,6 @@ def attention_weights(q, k, mask, is_causal, scale):
     if mask.dtype == torch.bool:
         mask = torch.zeros_like(mask, dtype=scores.dtype).masked_fill(~mask, -math.inf)
     return torch.ops.aten._safe_softmax(scores + mask, -1)  # 0 where all is masked
-
-
-def plain_attention(query, key, value, mask, dropout_p, is_causal, scale, enable_gqa):
-    """Attention by functions that have rules: with dropout, value and tangent need one mask."""
-    if enable_gqa:
-        key, value = (repeat_heads(a, query) for a in (key, value))
-    p = attention_weights(query, key, mask, is_causal, scale)
-    return torch.matmul(F.dropout(p, dropout_p).to(value.dtype), value)
 
 
 # --- the table ---
@@ -791,7 +765,7 @@ BY_NAME = {
     "view_as_complex fft ifft rfft irfft fft2 ifft2 rfft2 irfft2 fftn ifftn rfftn irfftn fftshift "
     "ifftshift avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d "
     "adaptive_avg_pool3d interpolate pixel_shuffle pixel_unshuffle": alike,
-    "div divide truediv true_divide": divide,
+    "div divide truediv true_divide": of_first(lambda x, y, dx, other: dx / other),
     "add sub rsub": add,
     "mul multiply matmul mm bmm mv dot outer inner": product,
     "einsum": einsum,
@@ -800,18 +774,18 @@ BY_NAME = {
     "linear conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d": affine,
     "pad": pad,
     "dropout dropout1d dropout2d dropout3d": dropout,
-    "silu": elementwise(lambda x, y, dx: torch.ops.aten.silu_backward(dx, x)),
-    "gelu": elementwise(lambda x, y, dx, **kind: torch.ops.aten.gelu_backward(dx, x, **kind)),
-    "relu": elementwise(lambda x, y, dx: torch.ops.aten.threshold_backward(dx, y, 0)),
-    "tanh": elementwise(lambda x, y, dx: dx * (1 - y * y)),
-    "sigmoid": elementwise(lambda x, y, dx: dx * y * (1 - y)),
-    "exp": elementwise(lambda x, y, dx: dx * y),
-    "sin": elementwise(lambda x, y, dx: dx * x.cos()),
-    "cos": elementwise(lambda x, y, dx: -dx * x.sin()),
-    "square": elementwise(lambda x, y, dx: 2 * dx * x),
-    "sqrt": elementwise(lambda x, y, dx: dx / (2 * y)),
-    "rsqrt": elementwise(lambda x, y, dx: -0.5 * dx * y**3),
-    "reciprocal": elementwise(lambda x, y, dx: -dx * y * y),
+    "silu": of_first(lambda x, y, dx: torch.ops.aten.silu_backward(dx, x.conj())),
+    "gelu": of_first(lambda x, y, dx, **kind: torch.ops.aten.gelu_backward(dx, x, **kind)),
+    "relu": of_first(lambda x, y, dx: torch.ops.aten.threshold_backward(dx, y, 0)),
+    "tanh": of_first(lambda x, y, dx: dx * (1 - y * y)),
+    "sigmoid": of_first(lambda x, y, dx: dx * y * (1 - y)),
+    "exp": of_first(lambda x, y, dx: dx * y),
+    "sin": of_first(lambda x, y, dx: dx * x.cos()),
+    "cos": of_first(lambda x, y, dx: -dx * x.sin()),
+    "square": of_first(lambda x, y, dx: 2 * dx * x),
+    "sqrt": of_first(lambda x, y, dx: dx / (2 * y)),
+    "rsqrt": of_first(lambda x, y, dx: -0.5 * dx * y**3),
+    "reciprocal": of_first(lambda x, y, dx: -dx * y * y),
     "softmax": softmax,
     "layer_norm": layer_norm,
     "group_norm": group_norm,
@@ -839,7 +813,7 @@ RULES = dict.fromkeys(in_place(), write)
 RULES |= {function: rule for names, rule in BY_NAME.items() for function in named(names)}
 RULES |= dict.fromkeys(FACTS.values(), plain) | dict.fromkeys(VIEWS.values(), alike)
 RULES |= {PROPERTIES["data"]: detach, torch.Tensor.data.__set__: refuse, torch.where: where}
-RULES |= {F.batch_norm: batch_norm}
+RULES |= {F.batch_norm: batch_norm, torch.ops.aten._safe_softmax: softmax}
 RULES |= {torch.nn.modules._functions.BackwardHookFunction: identity}  # of hooks on modules
 INPLACE_AT = {  # which argument `inplace` is: Dynamo gives it by position
     f: [*inspect.signature(f).parameters].index("inplace")

@@ -1064,6 +1064,7 @@ def written(h, p):
 
 
 MASKED, WEIGHT = nn.MultiheadAttention(3, 1, dropout=0.1), torch.ones(3, 3, requires_grad=True)
+HEADS = nn.MultiheadAttention(3, 1, dtype=torch.float64)
 OPERATORS = {
     "x + p": lambda x, p: x + p,
     "p - x": lambda x, p: p - x,
@@ -1083,6 +1084,7 @@ OPERATORS = {
     "rows": lambda x, p: torch.stack([row * 2 for row in x]),
     "dropout": lambda x, p: F.dropout(x * 1, 0.5, True, True),
     "attention": lambda x, p: F.scaled_dot_product_attention(x, x, p, x * 2, dropout_p=0.5),
+    "heads": lambda x, p: HEADS(x, x, x, need_weights=False)[0],
     "batch norm": lambda x, p: F.batch_norm(x, p[0] * 1, p[1] * 1, p[2], p[0], training=True),
     "batch norm, eval": lambda x, p: F.batch_norm(x, p[0], p[1], p[2], p[0]),
 }
