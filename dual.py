@@ -118,7 +118,6 @@ def running():
 class Dual(torch.Tensor):
     """A value and its tangent, alike in shape, dtype and strides."""
 
-    @staticmethod
     def __new__(cls, value, tangent):
         made = torch.Tensor._make_wrapper_subclass
         self = made(cls, value.shape, dtype=value.dtype, device=value.device)
@@ -241,17 +240,16 @@ def join(shell, y, dy):
 
 def call(shell, function, args, kwargs):
     """Call a function of torch on duals: by its rule, by its own Python code, or by `general`."""
-    place = INPLACE_AT.get(function, len(args))
-    if place < len(args):
-        args, kwargs = (*args[:place], *args[place + 1 :]), kwargs | {"inplace": args[place]}
+    args, kwargs = list(args), dict(kwargs)
     if kwargs.get("out") is not None:
         raise lost(function, "with out= ", "use what it returns")
-    if "inplace" in kwargs:
-        kwargs, inplace = dict(kwargs), kwargs["inplace"]
-        del kwargs["inplace"]
-        if inplace:
-            target, *args = args or [kwargs.pop("input")]
-            return overwrite(target, call(shell, function, (target.clone(), *args), kwargs))
+    place = INPLACE_AT.get(function, len(args))
+    if args.pop(place) if place < len(args) else kwargs.pop("inplace", False):
+        target, *args = args or [kwargs.pop("input")]
+        new = call(shell, function, (target.clone(), *args), kwargs)
+        target.value.copy_(new.value)
+        target.tangent.copy_(new.tangent)
+        return target
     rule = RULES.get(function)
     try:
         found = rule and rule(function, *args, **kwargs)
@@ -374,25 +372,12 @@ def write(function, *args, **kwargs):
         raise lost(function, "into a tensor that has no tangent ", hint)
     if not is_dual(target):
         return invoke(function, values, spec), None
-    state, before = random_state(values), layout(target.value)
+    state = random_state(values)
     [tangent] = differentiate(function, leaves, spec, in_place=True)
     restore(state)
     out = invoke(function, values, spec)
-    if layout(target.value) == before:
-        target.tangent.copy_(tangent)
-    else:  # t_(), squeeze_() and their like write nothing
-        invoke(function, [target.tangent, *values[1:]], spec)
+    target.tangent.copy_(tangent)
     return None if out is None else target, None
-
-
-def overwrite(target, new):
-    target.value.copy_(new.value)
-    target.tangent.copy_(new.tangent)
-    return target
-
-
-def layout(x):
-    return x.shape, x.stride()
 
 
 @functools.cache
@@ -476,6 +461,13 @@ def fresh(function, *args, **kwargs):
     return y, torch.zeros_like(y) if is_real(y) else None
 
 
+def turn(function, input, *args, **kwargs):
+    """In place, but nothing is written: the shape or the strides are others."""
+    for x in split(input):
+        function(x, *args, **kwargs)
+    return input, None
+
+
 def refuse(function, *args, **kwargs):
     raise lost(function)
 
@@ -499,23 +491,17 @@ def requires_grad(function, input, *args, **kwargs):
     return input, None
 
 
-def detach(function, input):
-    return function(input.value), None
-
-
-def alike(function, *args, **kwargs):
+def alike(function, input=None, *args, **kwargs):
     """Linear in its first argument, a tensor or a list of them: act on value and tangent alike.
 
     Of other duals it takes only the shape or the dtype.
     """
-    if not args:
+    if input is None:
         return None
-    x, *args = args
-    if isinstance(x, (tuple, list)):
-        dx = [a.tangent if is_dual(a) else torch.zeros_like(a) for a in x]
-        x = [value_of(a) for a in x]
-    else:
-        x, dx = split(x)
+    x, dx = split(input)
+    if isinstance(input, (tuple, list)):
+        x = [value_of(a) for a in input]
+        dx = [a.tangent if is_dual(a) else torch.zeros_like(a) for a in input]
     args, kwargs = unpack(args, kwargs)
     y = function(x, *args, **kwargs)
     if dx is None:
@@ -587,18 +573,17 @@ def of_first(derivative):
     return rule
 
 
+@of_first
+def divide(x, y, dx, other, rounding_mode=None):
+    return dx / other if rounding_mode is None else torch.zeros_like(dx)
+
+
 @only_first
 def power(function, input, exponent):
     if not isinstance(exponent, (int, float)) or exponent == 0:
         return None
     dy = exponent * constant(input) ** (exponent - 1) * input.tangent
     return function(input.value, exponent), dy
-
-
-@only_first
-def pad(function, input, pad, mode="constant", value=None):
-    y = function(input.value, pad, mode, value)
-    return y, function(input.tangent, pad, mode, 0.0 if mode == "constant" else None)
 
 
 def where(function, condition, input, other):
@@ -625,11 +610,8 @@ def softmax(function, input, dim, *args, **kwargs):
     if dim is None:
         return None
     y = function(input.value, dim, *args, **kwargs)
-    return y, softmax_jvp(y.detach(), input.tangent, dim)
-
-
-def softmax_jvp(y, dx, dim):
-    return torch.ops.aten._softmax_backward_data(dx.to(y.dtype), y, dim, y.dtype)
+    dx = input.tangent.to(y.dtype)
+    return y, torch.ops.aten._softmax_backward_data(dx, y.detach(), dim, y.dtype)
 
 
 def single(x):
@@ -748,13 +730,13 @@ def properties(names):
 
 FACTS = properties(
     "shape dtype device ndim layout itemsize requires_grad grad_fn is_leaf is_cuda is_cpu is_mps "
-    "is_meta is_nested is_sparse is_quantized"
+    "is_meta is_nested is_sparse is_quantized data"
 )
 VIEWS = properties("T mT H mH real imag")
-PROPERTIES = FACTS | VIEWS | properties("data")
+PROPERTIES = FACTS | VIEWS
 BY_NAME = {
     "size dim ndimension numel nelement stride is_contiguous is_floating_point is_complex __len__ "
-    "get_device eq ne lt le gt ge isnan isinf isfinite argmax argmin": plain,
+    "get_device eq ne lt le gt ge isnan isinf isfinite argmax argmin detach": plain,
     "zeros_like ones_like empty_like full_like rand_like randn_like new new_zeros new_ones "
     "new_empty new_full": fresh,
     "sum mean cumsum neg clone contiguous to float double half bfloat16 cpu cuda view reshape "
@@ -765,14 +747,14 @@ BY_NAME = {
     "view_as_complex fft ifft rfft irfft fft2 ifft2 rfft2 irfft2 fftn ifftn rfftn irfftn fftshift "
     "ifftshift avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d "
     "adaptive_avg_pool3d interpolate pixel_shuffle pixel_unshuffle": alike,
-    "div divide truediv true_divide": of_first(lambda x, y, dx, other: dx / other),
+    "div divide truediv true_divide": divide,
     "add sub rsub": add,
     "mul multiply matmul mm bmm mv dot outer inner": product,
     "einsum": einsum,
     "addmm addbmm baddbmm addmv": add_product,
     "pow": power,
     "linear conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d": affine,
-    "pad": pad,
+    "pad": of_first(lambda x, y, dx, pad, mode="constant", value=None: F.pad(dx, pad, mode)),
     "dropout dropout1d dropout2d dropout3d": dropout,
     "silu": of_first(lambda x, y, dx: torch.ops.aten.silu_backward(dx, x.conj())),
     "gelu": of_first(lambda x, y, dx, **kind: torch.ops.aten.gelu_backward(dx, x, **kind)),
@@ -794,7 +776,7 @@ BY_NAME = {
     "multi_head_attention_forward": multi_head_attention,
     "alpha_dropout feature_alpha_dropout feature_dropout native_dropout rrelu "
     "gumbel_softmax": random,
-    "detach": detach,
+    "as_strided_ resize_as_ squeeze_ swapaxes_ swapdims_ t_ transpose_ unsqueeze_": turn,
     "requires_grad_": requires_grad,
     # what reaches memory, copies objects, or has no derivative but says nothing
     "numpy __array__ __dlpack__ data_ptr untyped_storage storage resize_ set_ apply_ map_ tensor "
@@ -802,17 +784,12 @@ BY_NAME = {
 }
 
 
-def in_place():
-    """Return the functions of torch that write to their first argument."""
-    names = (name for space in SPACES[:6] for name in dir(space))
-    names = [name for name in names if re.fullmatch("[a-z].*_", name)]
-    return named(" ".join(names) + " __setitem__ iadd isub imul itruediv ipow")
-
-
-RULES = dict.fromkeys(in_place(), write)
+IN_PLACE = [name for space in SPACES[:6] for name in dir(space) if re.fullmatch("[a-z].*_", name)]
+IN_PLACE += "__setitem__ iadd isub imul itruediv ipow".split()
+RULES = dict.fromkeys(named(" ".join(IN_PLACE)), write)
 RULES |= {function: rule for names, rule in BY_NAME.items() for function in named(names)}
 RULES |= dict.fromkeys(FACTS.values(), plain) | dict.fromkeys(VIEWS.values(), alike)
-RULES |= {PROPERTIES["data"]: detach, torch.Tensor.data.__set__: refuse, torch.where: where}
+RULES |= {torch.Tensor.data.__set__: refuse, torch.where: where}
 RULES |= {F.batch_norm: batch_norm, torch.ops.aten._safe_softmax: softmax}
 RULES |= {torch.nn.modules._functions.BackwardHookFunction: identity}  # of hooks on modules
 INPLACE_AT = {  # which argument `inplace` is: Dynamo gives it by position
