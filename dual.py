@@ -307,7 +307,8 @@ def general(shell, function, args, kwargs):
         raise lost(function, "writes to its arguments and ")
     if not any(is_real(a) for a in outs):
         return tree_unflatten(outs, out_spec)
-    restore(state)
+    for set_back in state:
+        set_back()
     tangents = iter(differentiate(function, leaves, spec))
     outs = [join(shell, a, next(tangents)) if is_real(a) else a for a in outs]
     return tree_unflatten(outs, out_spec)
@@ -319,18 +320,13 @@ def invoke(function, leaves, spec):
 
 
 def random_state(leaves):
-    """Return the states of all generators that a function may draw from."""
+    """Return what sets back all generators that a function may draw from."""
     if torch.compiler.is_compiling():
         return []
     found = {torch.default_generator, *(a for a in leaves if isinstance(a, torch.Generator))}
     tensors = [a for a in leaves if isinstance(a, torch.Tensor)]
     found |= {torch.cuda.default_generators[a.get_device()] for a in tensors if a.is_cuda}
-    return [(g, g.get_state()) for g in found]
-
-
-def restore(state):
-    for generator, numbers in state:
-        generator.set_state(numbers)
+    return [functools.partial(generator.set_state, generator.get_state()) for generator in found]
 
 
 def differentiate(function, leaves, spec, in_place=False):
@@ -374,7 +370,8 @@ def write(function, *args, **kwargs):
         return invoke(function, values, spec), None
     state = random_state(values)
     [tangent] = differentiate(function, leaves, spec, in_place=True)
-    restore(state)
+    for set_back in state:
+        set_back()
     out = invoke(function, values, spec)
     target.tangent.copy_(tangent)
     return None if out is None else target, None
@@ -504,10 +501,7 @@ def alike(function, input=None, *args, **kwargs):
         dx = [a.tangent if is_dual(a) else torch.zeros_like(a) for a in input]
     args, kwargs = unpack(args, kwargs)
     y = function(x, *args, **kwargs)
-    if dx is None:
-        return y, None
-    args, kwargs = unpack(args, kwargs, constant)
-    return y, function(dx, *args, **kwargs)
+    return y, None if dx is None else function(dx, *args, **kwargs)
 
 
 def add(function, input, other, **kwargs):
@@ -669,22 +663,15 @@ def rms_norm(x, y, dx, normalized_shape, weight=None, eps=None):
 
 
 def attention(
-    function,
-    query,
-    key,
-    value,
-    attn_mask=None,
-    dropout_p=0.0,
-    is_causal=False,
-    scale=None,
-    enable_gqa=False,
+    function, query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, **options
 ):
     """softmax(scale q k + mask) v, whose value may use any kernel."""
+    scale = options.get("scale")
     dropped = dropout_p > 0 and (attn_mask is None or not is_causal)  # both together are an error
     if not dropped:
         args = map(value_of, (query, key, value, attn_mask))
-        y = function(*args, is_causal=is_causal, scale=scale, enable_gqa=enable_gqa)
-    if enable_gqa:
+        y = function(*args, is_causal=is_causal, **options)
+    if options.get("enable_gqa"):
         groups = query.shape[-3] // key.shape[-3]
         key, value = (a.repeat_interleave(groups, -3) for a in (key, value))
     if dropped:  # value and tangent need one mask
