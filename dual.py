@@ -268,10 +268,8 @@ def lost(function, how="", hint="detach() what it is given, or write a dual.rule
     return NotImplementedError(f"{name} {how}would lose the tangent of dual.jvp: {hint}")
 
 
-CHECKS = dict.fromkeys(
-    ("has_torch_function", "has_torch_function_unary", "has_torch_function_variadic"),
-    lambda *_: False,
-)
+CHECKS = [name for name in dir(torch.overrides) if name.startswith("has_torch_function")]
+CHECKS = dict.fromkeys(CHECKS, lambda *_: False)
 # Other methods in Python (hooks, copies) are not for duals: they read the memory of a tensor.
 METHODS_IN_PYTHON = "__rsub__ __rdiv__ __rpow__ __rmod__ pow pow_ split unflatten norm stft istft"
 
@@ -711,16 +709,12 @@ def named(names):
     return {f for f in found if callable(f) and not hasattr(f, "__wrapped__")}
 
 
-def properties(names):
-    return {name: getattr(torch.Tensor, name).__get__ for name in names.split()}
-
-
-FACTS = properties(
+FACTS = (
     "shape dtype device ndim layout itemsize requires_grad grad_fn is_leaf is_cuda is_cpu is_mps "
     "is_meta is_nested is_sparse is_quantized data"
 )
-VIEWS = properties("T mT H mH real imag")
-PROPERTIES = FACTS | VIEWS
+VIEWS = "T mT H mH real imag"
+PROPERTIES = {name: getattr(torch.Tensor, name).__get__ for name in f"{FACTS} {VIEWS}".split()}
 BY_NAME = {
     "size dim ndimension numel nelement stride is_contiguous is_floating_point is_complex __len__ "
     "get_device eq ne lt le gt ge isnan isinf isfinite argmax argmin detach": plain,
@@ -775,7 +769,8 @@ IN_PLACE = [name for space in SPACES[:6] for name in dir(space) if re.fullmatch(
 IN_PLACE += "__setitem__ iadd isub imul itruediv ipow".split()
 RULES = dict.fromkeys(named(" ".join(IN_PLACE)), write)
 RULES |= {function: rule for names, rule in BY_NAME.items() for function in named(names)}
-RULES |= dict.fromkeys(FACTS.values(), plain) | dict.fromkeys(VIEWS.values(), alike)
+RULES |= {PROPERTIES[name]: plain for name in FACTS.split()}
+RULES |= {PROPERTIES[name]: alike for name in VIEWS.split()}
 RULES |= {torch.Tensor.data.__set__: refuse, torch.where: where}
 RULES |= {F.batch_norm: batch_norm, torch.ops.aten._safe_softmax: softmax}
 RULES |= {torch.nn.modules._functions.BackwardHookFunction: identity}  # of hooks on modules

@@ -26,17 +26,8 @@ from torch.utils._pytree import tree_map
 
 import dual
 import meanflow
+import model
 from meanflow import adaptive_loss, append_dims, count_equal, derivative, evaluate, interpolate
-from model import (
-    block_params,
-    embed_label,
-    embed_patches,
-    embed_time,
-    linear,
-    merge_heads,
-    split_heads,
-    unpatchify,
-)
 
 EPS = 1e-6  # of RMSNorm
 HEAD = 64  # width of an attention head
@@ -351,14 +342,15 @@ def rotate(x, rope):
 
 
 def attention(w, x, rope):
-    q, k, v = split_heads(linear(w, "attn.qkv", x))
+    q, k, v = model.split_heads(model.linear(w, "attn.qkv", x))
     q, k = (rotate(rms_norm(a, w[f"attn.{n}_norm.weight"]), rope) for a, n in ((q, "q"), (k, "k")))
     x = F.scaled_dot_product_attention(q.to(v.dtype), k.to(v.dtype), v)
-    return linear(w, "attn.out_proj", merge_heads(x))
+    return model.linear(w, "attn.out_proj", model.merge_heads(x))
 
 
 def mlp(w, x):
-    return linear(w, "mlp.w2", F.silu(linear(w, "mlp.w1", x)) * linear(w, "mlp.w3", x))
+    gated = F.silu(model.linear(w, "mlp.w1", x)) * model.linear(w, "mlp.w3", x)
+    return model.linear(w, "mlp.w2", gated)
 
 
 def block(w, x, rope):
@@ -369,33 +361,33 @@ def block(w, x, rope):
 def embed(params, z, h, y, guidance):
     """Return all tokens, (B, 20 + N, D): those of the conditions, then those of the patches."""
     conditions = {
-        "class": embed_label(params, y),
-        "omega": embed_time(params, "omega_embedder", guidance.kappa),
-        "t_min": embed_time(params, "cfg_t_start_embedder", guidance.low),
-        "t_max": embed_time(params, "cfg_t_end_embedder", guidance.high),
-        "time": embed_time(params, "h_embedder", h),
+        "class": model.embed_label(params, y),
+        "omega": model.embed_time(params, "omega_embedder", guidance.kappa),
+        "t_min": model.embed_time(params, "cfg_t_start_embedder", guidance.low),
+        "t_max": model.embed_time(params, "cfg_t_end_embedder", guidance.high),
+        "time": model.embed_time(params, "h_embedder", h),
     }
     tokens = [params[f"{name}_tokens"] + c for name, c in conditions.items()]
-    return torch.cat([*tokens, embed_patches(params, z)], 1)
+    return torch.cat([*tokens, model.embed_patches(params, z)], 1)
 
 
 def head(params, kind, x, rope, like, block):
     """Apply the blocks and the output of the head "u" or "v"; return it shaped like `like`."""
-    blocks = block_params(params, f"{kind}_heads")
+    blocks = model.block_params(params, f"{kind}_heads")
     if not blocks:
         raise ValueError(f"there are no {kind}_heads: these parameters can only be drawn from")
     for w in blocks:
         x = block(w, x, rope)
     x = rms_norm(x[:, sum(TOKENS.values()) :], params[f"{kind}_final_layer.norm.weight"])
-    x = linear(params, f"{kind}_final_layer.linear", x)
-    return unpatchify(x, params["x_embedder.proj.weight"].shape[-1], like)
+    x = model.linear(params, f"{kind}_final_layer.linear", x)
+    return model.unpatchify(x, params["x_embedder.proj.weight"].shape[-1], like)
 
 
 def trunk(params, z, h, y, guidance, block):
     """Return what the heads take: tokens and rotations."""
     x = embed(params, z, h, y, guidance)
     rope = rotary(x.shape[1], x)
-    for w in block_params(params, "shared_blocks"):
+    for w in model.block_params(params, "shared_blocks"):
         x = block(w, x, rope)
     return x, rope
 
