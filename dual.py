@@ -503,7 +503,7 @@ def alike(function, input=None, *args, **kwargs):
 
 
 def add(function, input, other, **kwargs):
-    """The sum or difference of the tangents; with 0 as well, since y += 1 must not write to it."""
+    """A sum or difference, of tangents too; a new one with 0 as well: y += 1 writes to it alone."""
     (x, dx), (z, dz) = split(input), split(other)
     y = function(x, z, **kwargs)
     dx = y.new_zeros(()) if dx is None else dx

@@ -475,7 +475,8 @@ def test_constants_are_those_of_torch():
 def test_complex_numbers_keep_their_tangents():
     def f(x):
         c = torch.fft.fft(torch.complex(x, x**2)) * (1 + 2j)
-        return c.abs(), c.real, c.conj().imag, torch.view_as_real(c), (c @ c.mH), c.angle()
+        parts = c.abs(), c.real, c.conj().imag, torch.view_as_real(c), (c @ c.mH), c.angle()
+        return *parts, F.silu(c), c.exp() / (2 + c.sqrt()), c.tanh() * c.sin()
 
     agree(f, torch.randn(B, 4))
 

@@ -277,6 +277,8 @@ MUTANTS = {
          [test_dual.test_networks_of_others, "convolutions, eval"]),
         ("exact GELU in the tangent", "gelu_backward(dx, x, **kind)", "gelu_backward(dx, x)",
          test_model.test_dual_jvp_is_torch_func_jvp),
+        ("SiLU's conjugate derivative", "silu_backward(dx, x.conj())", "silu_backward(dx, x)",
+         test_dual.test_complex_numbers_keep_their_tangents),
         ("cosine's derivative without its sign", "-dx * x.sin()", "dx * x.sin()",
          test_model.test_dual_jvp_is_torch_func_jvp),
         ("scores' tangents unscaled", "single(torch.matmul(query, key.mT)) * scale",
