@@ -296,6 +296,7 @@ class Samples(NamedTuple):
     vae: str | None = None  # the file that decodes them
     scale: float | None = None  # of latents, if not the checkpoint's own
     convention: str | None = None  # of a network that predicts a velocity
+    network: str | None = None  # see weights.find_function
 
 
 def describe(sampler, scorer, samples, device):
@@ -311,6 +312,7 @@ def describe(sampler, scorer, samples, device):
         "seed": samples.seed,
         "guidance": list(sampler.guidance) or None,
         "precision": {"network": "float32", "decoder": sampler.vae and decoder},
+        "uint8": "rounded down" if sampler.floor else "rounded",
         "classes": how,
         "weights": sampler.weights,
         "vae": samples.vae and weights.first_sha256(samples.vae),
@@ -344,7 +346,7 @@ def score(sampler, known, *, scorer, samples, world):
 def score_checkpoints(paths, omega, interval, ref, inception, samples, known, world):
     """Yield the line of scores of each checkpoint. omega, interval: as of choose_guidance."""
     scorer, gone = None, []
-    options = {k: getattr(samples, k) for k in ("steps", "vae", "scale", "convention")}
+    options = {k: getattr(samples, k) for k in ("steps", "vae", "scale", "convention", "network")}
     for path in paths:
         if not all(runtime.all_gather(path.is_file())):
             gone.append(str(path))

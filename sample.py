@@ -69,7 +69,8 @@ def to_uint8(x, sampler):
         x = x[:, :3] / 3 if sampler.vae is None else decode(sampler.vae, latents)
     if not x.isfinite().all():
         raise ValueError("samples have values that are not finite: give an earlier save")
-    return ((x + 1) * 127.5).round().clamp(0, 255).byte()
+    x = (x + 1) * 127.5
+    return (x.floor() if sampler.floor else x.round()).clamp(0, 255).byte()
 
 
 def draw_images(sampler, labels, world, *, steps=1, seed=0):
@@ -88,11 +89,12 @@ def draw_images(sampler, labels, world, *, steps=1, seed=0):
 
 def choose_shown(dataset):
     """Return the conditions of a grid: ten of a class in each row if there are ten or fewer, else a
-    hundred classes spread over all. Without classes, return those of the first hundred items."""
+    hundred classes spread over all, or a hundred of one. Without classes, return those of the first
+    hundred items."""
     if not dataset.classes:
         return tree_map(lambda y: y[:100], dataset.labels)
     classes = len(dataset.classes)
-    count = 10 * min(10, classes)
+    count = 10 * min(10, classes) if classes > 1 else 100
     return torch.arange(count) * classes // count
 
 
@@ -169,6 +171,8 @@ def add_sampling(add):
     add("--scale", type=runtime.number(float, 0), help=f"of latents, if not {SCALE}")
     what = "; ".join(f"{name}: {meaning}" for name, meaning in CONVENTIONS.items())
     add("--convention", choices=CONVENTIONS, help=f"of a network that predicts a velocity: {what}")
+    how = "whose function load, or NAME, reads a network that is not of this house"
+    add("--network", metavar="FILE.py[:NAME]", help=how)
     times = runtime.numbers(float, "two times, as 0.4,0.65", 2)
     add("--interval", type=times, metavar="LOW,HIGH", help="times between which guidance acts")
 
@@ -224,8 +228,8 @@ def parse_arguments(argv):
 def main(argv, world):
     args = parse_arguments(argv)
     steps, seed, out = args.steps or 1, args.seed or 0, args.out or "samples.png"
-    options = dict(convention=args.convention, steps=steps, vae=args.vae, scale=args.scale)
-    sampler = open_sampler(args.checkpoint, world.device, **options)
+    options = {k: getattr(args, k) for k in ("convention", "vae", "scale", "network")}
+    sampler = open_sampler(args.checkpoint, world.device, steps=steps, **options)
     check_picture(out, image_shape(sampler.kind, sampler.shape)[0])
     samplers = [
         choose_guidance(args.checkpoint, sampler, omega, args.interval)

@@ -14,8 +14,6 @@ or Ctrl-C makes it save, without grid and scores, and end; a second one ends it.
     log.jsonl                 the run's arguments, then what to watch every 50 steps and at saves;
                               with --fid, scores of the end and of every 50,000th step
     curve.png                 the log's raw errors and gradient norm by step
-
-`fit` trains any Method; dit_method and imf_method make two, examples/own_network.py another.
 """
 
 import argparse
@@ -33,7 +31,6 @@ from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_map
 from tqdm import tqdm
@@ -62,10 +59,12 @@ class Plan(NamedTuple):
     lr: float  # Adam's step size
     batch: int  # rows a step, over all processes
     steps: int
-    ema: float = 0.9999  # decay of the averaged weights
+    ema: float | tuple = 0.9999  # decay of the averaged weights; of several, the first is drawn
     warmup: int = 0  # steps in which lr grows from 0
     seed: int = 0
     precision: str = "float32"  # of GEMMs, or "bfloat16"
+    betas: tuple = (0.9, 0.95)  # Adam's
+    ema_every: int = 1  # steps between those after which weights are averaged
 
 
 class Recipe(NamedTuple):
@@ -111,7 +110,7 @@ def make_plan(recipe, images, steps=None, seed=0, precision="float32"):
 
 class State(NamedTuple):
     params: dict
-    ema: dict  # their average over steps
+    ema: dict  # {decay: their average over steps}, as Plan.ema has them
     adam: torch.optim.Adam
 
 
@@ -179,7 +178,8 @@ def saved_tensors(state):
         for name, p in state.params.items()
         for kind, tensor in {"weights": p, **state.adam.state[p]}.items()
     }
-    return {"state": continued, "ema": state.ema}
+    (_, first), *others = state.ema.items()
+    return {"state": continued} | {f"ema{decay}": p for decay, p in others} | {"ema": first}
 
 
 def read_log(folder, step, run):
@@ -238,7 +238,7 @@ def log_means(run, history, grad_norm, rate):
     Returns what to watch, formatted. Beside saving, this is the only place where the host waits for
     the device. Raises ValueError in all processes if a value in any is not finite.
     """
-    rows = torch.cat([F.pad(rows, (1, 0), value=step) for step, rows in history])
+    rows = torch.cat([torch.nn.functional.pad(rows, (1, 0), value=step) for step, rows in history])
     rows = torch.cat(runtime.all_gather(rows.double().cpu()))
     step, t, r, loss, raw, *more = rows.unbind(1)
     bad = rows[~rows.isfinite().all(1)]
@@ -285,9 +285,6 @@ def log_scores(run, score, since=0):
                 runtime.append_line(run.folder / "log.jsonl", {"step": step} | line)
 
 
-# --- setting up ---
-
-
 def find_start(folder, plan, parts):
     """Return the step to continue from. Raise ValueError if the processes or the plan forbid it."""
     if plan.batch % parts:
@@ -306,9 +303,10 @@ def begin(method, plan, device):
     """Return the State before the first step."""
     params = method.init(generator=runtime.generator(plan.seed, "init", 0))
     params = {name: torch.nn.Parameter(p.to(device)) for name, p in params.items()}
-    ema = {name: p.detach().clone() for name, p in params.items()}
+    decays = plan.ema if isinstance(plan.ema, tuple) else (plan.ema,)
+    ema = {decay: {name: p.detach().clone() for name, p in params.items()} for decay in decays}
     # As in the paper (Table 4): a constant step size, no weight decay, no clipping.
-    adam = torch.optim.Adam(params.values(), plan.lr, betas=(0.9, 0.95), fused=True)
+    adam = torch.optim.Adam(params.values(), plan.lr, plan.betas, fused=True)
     for p in params.values():
         moments = {moment: torch.zeros_like(p) for moment in ("exp_avg", "exp_avg_sq")}
         adam.state[p] = {"step": torch.zeros((), device=p.device), **moments}
@@ -331,7 +329,8 @@ def open_run(method, dataset, plan, folder, start, world, *, vae, about):
     latents = (torch.as_tensor(a, device=world.device) for a in method.latents)
     runtime.barrier()
     lock = begin_log(folder, start, lines) if world.rank == 0 else None
-    sampler = Sampler(state.ema, method.net, *facts, *latents, vae, vae_sha256=dataset.vae)
+    known = (*facts, *latents, vae, "", dataset.vae, method.floor)
+    sampler = Sampler([*state.ema.values()][0], method.net, *known)
     return Run(folder, dataset, plan, state, sampler, method, about, lock, world)
 
 
@@ -387,8 +386,10 @@ def update(state, plan, step):
         state.adam.param_groups[0]["lr"] = plan.lr * min(1, (step - 1) / plan.warmup)
     state.adam.step()
     state.adam.zero_grad()
-    decay = min(plan.ema, (1 + step) / (10 + step))
-    torch._foreach_lerp_([*state.ema.values()], [p.detach() for p in params], 1 - decay)
+    if step % plan.ema_every == 0:
+        for decay, average in state.ema.items():
+            kept = min(decay, (1 + step) / (10 + step)) ** plan.ema_every
+            torch._foreach_lerp_([*average.values()], [p.detach() for p in params], 1 - kept)
     return norm
 
 

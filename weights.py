@@ -20,6 +20,7 @@ import sys
 import zipfile
 from collections.abc import Callable
 from functools import lru_cache, partial
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from typing import NamedTuple
 
@@ -53,6 +54,7 @@ WRAPPERS = r"\b(module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module
 
 # When a run is continued; earlier versions wrote the last two.
 MAY_CHANGE = ("steps", "warmup", "precision", "commit", "torch", "epochs", "images")
+EARLIER = {"betas": [0.9, 0.95], "ema_every": 1}  # what earlier versions did not write
 
 
 class Sampler(NamedTuple):
@@ -67,6 +69,7 @@ class Sampler(NamedTuple):
     vae: dict | None = None  # decodes latents
     weights: str = ""  # "PATH sha256 DIGEST" of its file
     vae_sha256: str = ""  # of the VAE that encoded what it was trained on, if known
+    floor: bool = False  # whether pixels are rounded down, not to the nearest
 
 
 def image_shape(kind, shape):
@@ -110,7 +113,7 @@ def orphans(folder):
     return [path for step, path in sorted(files) if step > newest(folder)]
 
 
-def read_weights(path):
+def read_weights(path, mark=PATCHES, averaged=AVERAGED):
     """Return tensors, {name: tensor}, metadata, {key: str}, and "PATH sha256 DIGEST" of a file.
 
     A safetensors file, or a pickle, in which code is refused; `select` finds the network in those
@@ -126,7 +129,7 @@ def read_weights(path):
             tensors, metadata = read_pickle(path), {}
         if not os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
             raise ValueError("it changed while it was read: run the same command again")
-        tensors = tensors if "run" in metadata else select(path, tensors)
+        tensors = tensors if "run" in metadata else select(path, tensors, mark, averaged)
     return tensors, metadata, f"{path} sha256 {digest}"
 
 
@@ -140,9 +143,10 @@ def read_pickle(path):
         raise ValueError("it is no file of tensors without code") from None
 
 
-def select(path, content):
+def select(path, content, mark, averaged):
     """Return the tensors, {name: tensor}, of the network that nested dicts of others hold.
 
+    mark: the name of a tensor that each network has; averaged: a pattern in the names of averages.
     What DDP, torch.compile, FSDP and activation checkpoints add to names is removed. Averaged
     weights are preferred, with a line that says so. Raises ValueError for several networks.
     """
@@ -151,13 +155,12 @@ def select(path, content):
         if torch.is_tensor(p) and (p.ndim or p.is_floating_point()):  # no counter
             name = "".join(f"/{getattr(key, 'key', '')}" for key in keys)  # /ema/blocks.0.mlp ...
             found.append((re.sub(WRAPPERS, "", name), p))
-    networks = sorted({name.removesuffix(PATCHES) for name, _ in found if name.endswith(PATCHES)})
-    averaged = [name for name in networks if re.search(AVERAGED, name)]
-    taken, *more = averaged or networks or ["/"]
+    networks = sorted({name.removesuffix(mark) for name, _ in found if name.endswith(mark)})
+    taken, *more = [name for name in networks if re.search(averaged, name)] or networks or ["/"]
     if more:
         raise ValueError(f"several networks, {', '.join([taken, *more])}: save one of them alone")
-    averages = re.findall(AVERAGED, " ".join(name for name, _ in found))
-    if left := {*networks, *averages} - {taken, *re.findall(AVERAGED, taken)}:
+    averages = re.findall(averaged, " ".join(name for name, _ in found))
+    if left := {*networks, *averages} - {taken, *re.findall(averaged, taken)}:
         say(f"{path}: {taken} is taken, not {', '.join(sorted(left))}", file=sys.stderr)
     for name, p in found:
         inner = re.sub("^r_embedder", "h_embedder", name.removeprefix(taken))
@@ -370,12 +373,31 @@ def load_vae(path, device="cpu", wanted=""):
     return params
 
 
-def open_sampler(path, device, *, convention=None, steps=1, vae=None, scale=None):
+def find_function(place):
+    """Return the function at FILE.py:NAME, or FILE.py:load. This runs the file, a user's own."""
+    path, _, name = place.partition(":")
+    spec = spec_from_file_location(Path(path).stem, path)
+    if spec and os.path.isfile(path):
+        module = module_from_spec(spec)
+        spec.loader.exec_module(module)
+        if function := getattr(module, name or "load", None):
+            return function
+    raise ValueError(
+        f"{place} is no function in a file: give FILE.py, where it is load, or FILE.py:NAME"
+    )
+
+
+def open_sampler(path, device, *, convention=None, steps=1, vae=None, scale=None, network=None):
     """Return the Sampler of a checkpoint, as `load`, with what its images need.
 
-    vae: a path; scale: of latents. Raises ValueError if one is missing or would be ignored.
+    vae: a path; scale: of latents; network: where a function like `load` for another network is,
+    see `find_function`. Raises ValueError if one is missing or would be ignored.
     """
-    sampler = load(path, device, convention=convention, steps=steps)
+    if network:
+        refuse("with --network", convention=convention)
+        sampler = find_function(network)(path, device)
+    else:
+        sampler = load(path, device, convention=convention, steps=steps)
     agree(sampler.weights, f"weights in {path}")
     if sampler.kind == "pixels":
         refuse(f"as {path} makes pixels", vae=vae, scale=scale)
@@ -432,6 +454,7 @@ class Method(NamedTuple):
     mirror: bool = True  # whether mirror images are trained on, where the data set has them
     latents: tuple = (0.0, SCALE)  # shift and scale of latents
     errors: tuple = ()  # names of the raw errors after the first
+    floor: bool = False  # whether pixels are rounded down, not to the nearest
     metadata: dict = {}  # what else checkpoints say of themselves, {key: str}
 
 
@@ -490,13 +513,14 @@ def imf_method(size, *, channels, classes, kind, compiled=False):
 def save_checkpoint(folder, step, tensors, metadata):
     """Write a save. Remove older ones, except the last KEEP and each LASTING-th step's averages.
 
-    tensors: {"state": {name: tensor}, "ema": the averaged weights}. The latter come last, so that
-    their presence says that both are whole.
+    tensors: {"state": {name: tensor}, perhaps other averages, "ema": the averaged weights}. The
+    latter come last, so that their presence says that all are whole.
     """
     save = {"step": step, "run": json.loads(metadata.get("run", "{}"))}
-    about = {"state": {"save": json.dumps(save)}, "ema": metadata | {"step": str(step)}}
+    state, average = {"save": json.dumps(save)}, metadata | {"step": str(step)}
     for kind, part in tensors.items():
-        save_tensors(checkpoint(folder, kind, step), part, about[kind])
+        about = state if kind == "state" else average
+        save_tensors(checkpoint(folder, kind, step), part, about)
     for kind in tensors:
         for old, path in list(checkpoints(folder, kind).items())[:-KEEP]:
             if kind == "state" or old % LASTING:
@@ -506,8 +530,9 @@ def save_checkpoint(folder, step, tensors, metadata):
 def check_run(where, before, run, hint="choose another --out"):
     """Raise ValueError if the run `before`, found at `where`, may not be continued as `run`."""
     for key in run | before:
-        if key not in MAY_CHANGE and before.get(key) != run.get(key):
-            found = f"{key} {before.get(key)}, not {run.get(key)}"
+        old = before.get(key, EARLIER.get(key))
+        if key not in MAY_CHANGE and old != run.get(key):
+            found = f"{key} {old}, not {run.get(key)}"
             raise ValueError(f"{where} holds a run with {found}: {hint}")
 
 
@@ -523,10 +548,10 @@ def restore(folder, step, tensors, run):
         wanted = {name: tuple(p.shape) for name, p in part.items()}
         check_tensors(path, saved, wanted, hint, {p.dtype for p in part.values()})
         try:
-            if kind == "ema":
-                save = {key: json.loads(about.get(key, "{}")) for key in ("step", "run")}
-            else:  # without metadata where it is of an earlier version
+            if kind == "state":  # without metadata where it is of an earlier version
                 save = json.loads(about["save"]) if about else {"step": step, "run": run}
+            else:
+                save = {key: json.loads(about.get(key, "{}")) for key in ("step", "run")}
             before = dict(save["run"], step=save["step"])
         except (ValueError, TypeError, KeyError, RecursionError):
             raise ValueError(f"{path}: metadata are not those of a save: {hint}") from None

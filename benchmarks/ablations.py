@@ -186,7 +186,7 @@ def fit(dataset, setting, seed, steps, watch=lambda *_: None):
     params = {name: nn.Parameter(p) for name, p in params.items()}
     ema = {name: p.detach().clone() for name, p in params.items()}
     adam = torch.optim.Adam(params.values(), plan.lr, betas=(0.9, 0.95), fused=True)
-    state = train.State(params, ema, adam)
+    state = train.State(params, {plan.ema: ema}, adam)
     net, jvp = along(partial(model.dit, params, condition=conditioned), setting.tangent)
     guidance = dict(omega=setting.omega, kappa=setting.kappa, interval=setting.interval)
     equal = int(setting.share * plan.batch)

@@ -2,13 +2,15 @@
 
     python benchmarks/step.py --size S/2 --batch 8                     on the CPU; --size iS/2: iMF
     python benchmarks/step.py --size UNet --batch 8                    diffusers' UNet2DModel
+    python benchmarks/step.py --size cifar10/32 --batch 16             examples/cifar10.py, 32 wide
     python benchmarks/step.py --size XL/2 --batch 256 --only ours      on a GPU, in bfloat16
     python benchmarks/step.py --derivative --weights runs/digits       ways to get du/dt
 
-A step is loss and backward. Each formulation runs eager and compiled (ours block by block, as in
-train.py; the others as one graph), without guidance and with (kappa = 0.5: null and class velocity
-are both needed; iMF is always guided). GFLOP per image are counted by torch's flop counter; a unit
-is one forward of one image, of iMF with one of its heads. Times are medians, with quartiles, of
+A step is loss and backward, of 4x32x32 latents; of the paper's CIFAR-10 network of 3x32x32 pixels.
+Each formulation runs eager and compiled (ours block by block, as in train.py; the others as one
+graph), without guidance and with (kappa = 0.5: null and class velocity are both needed; iMF is
+always guided, CIFAR-10 never). GFLOP per image are counted by torch's flop counter; a unit is one
+forward of one image, of iMF with one of its heads. Times are medians, with quartiles, of
 steps that take turns with steps of flow matching, which trains one head of an iMF; memory is the
 peak above what parameters and data take (on a CPU, under Linux only).
 A formulation that lacks memory, or takes longer than --limit to compile, has a row that says so.
@@ -33,10 +35,14 @@ from functools import partial
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch.utils._pytree import tree_map
 from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
+import cifar10
+
 import data
 import dual
 import imf
@@ -46,7 +52,15 @@ import weights
 
 SIZES = {**model.SIZES, "iS/2": (384, 4, 8, 2), **imf.SIZES}
 SIZES["UNet"] = (64, 128, 128)  # channels at 1, 1/2 and 1/4 of the height
+SIZES |= {"cifar10": 128, "cifar10/32": 32}  # width
 CLASSES = 1000
+
+
+def group_norm(w, name, x):
+    """As that of examples/cifar10.py, which torch.compile does not take within torch.func.jvp."""
+    groups = x.unflatten(1, (min(32, x.shape[1] // 4), -1)).flatten(2)
+    y = F.layer_norm(groups, groups.shape[2:], eps=cifar10.EPS).view(x.shape)
+    return y * w[f"{name}.weight"][:, None, None] + w[f"{name}.bias"][:, None, None]
 
 
 # --- the formulations ---
@@ -57,14 +71,14 @@ CLASSES = 1000
 def flow_matching(net, x, y, draws, *, null, p, c, **guidance):
     """Regression on the conditional velocity: what all is compared with. Never guided."""
     z, v = meanflow.interpolate(x, draws.e, draws.t)
-    u = net(z, draws.t, draws.t, torch.where(draws.drop, null, y))
+    u = net(z, draws.t, draws.t, meanflow.replace(y, null, draws.drop))
     return meanflow.adaptive_loss(u, v, p, c)
 
 
 def jvp_and_forward(net, x, y, draws, *, null, p, c, **guidance):
     """The usual rewrite in PyTorch: a jvp of the whole batch without graph, then a forward."""
     e, t, r, drop = draws
-    y = torch.where(drop, null, y)
+    y = meanflow.replace(y, null, drop)
     z, v = meanflow.interpolate(x, e, t)
     v = meanflow.guide(net, z, t, v, y, drop, null=null, **guidance)
     with torch.no_grad():
@@ -128,6 +142,10 @@ IMPROVED = {
     "func": partial(apart, imf.fast_loss, 0.5, torch.func.jvp),
     "ours": partial(apart, imf.fast_loss, 0.5, dual.jvp),
 }
+CIFAR10 = FORMULATIONS | {
+    "func": partial(apart, meanflow.fast_loss, 0.25, torch.func.jvp),
+    "ours": partial(apart, meanflow.fast_loss, 0.25, dual.jvp),
+}
 NAMES = {
     "flow": "flow matching",
     "authors": "one jvp with graph (authors)",
@@ -155,12 +173,19 @@ def is_improved(size):
     return size.startswith("i")
 
 
+def is_cifar10(size):
+    return size.startswith("cifar10")
+
+
 def formulations(size):
-    return IMPROVED if is_improved(size) else FORMULATIONS
+    others = CIFAR10 if is_cifar10(size) else FORMULATIONS
+    return IMPROVED if is_improved(size) else others
 
 
 def options(size, guided):
     """Return what a formulation takes besides network and batch."""
+    if is_cifar10(size):
+        return dict(null=(0.0, 0), omega=1, kappa=0, interval=(0, 1), p=0.75, c=1e-3)
     guidance = dict(omega=1, kappa=0.5 if guided else 0, interval=(0, 1))
     return dict(null=CLASSES, p=1, c=0.01) | ({} if is_improved(size) else guidance)
 
@@ -213,7 +238,9 @@ def build(size, device):
     """
     if size == "UNet":
         return unet(SIZES[size], device)
-    if is_improved(size):
+    if is_cifar10(size):
+        shapes = cifar10.shapes(SIZES[size])
+    elif is_improved(size):
         shapes = imf.shapes(imf.Config(*SIZES[size], 4, CLASSES, True))
     else:
         shapes = model.shapes(model.Config(*SIZES[size], 4, CLASSES))
@@ -225,6 +252,14 @@ def build(size, device):
         p.requires_grad_()
 
     def networks(compile):
+        if is_cifar10(size):
+            block = compile(cifar10.block)
+
+            def net(z, t, r, y):
+                masks = partial(cifar10.masks, y[1])
+                return cifar10.unet(params, z, t, r, y[0], masks, block=block)
+
+            return dict(net=net)
         if not is_improved(size):
             return dict(net=partial(model.dit, params, block=compile(model.block)))
         block = compile(imf.block)
@@ -237,6 +272,12 @@ def build(size, device):
 def problem(size, batch, device):
     """Return what `build` returns, and a batch with its draws as a formulation takes them."""
     g = torch.Generator().manual_seed(0)
+    if is_cifar10(size):
+        x = torch.randn(batch, 3, 32, 32, generator=g)
+        e, t, r, seeds, *_ = cifar10.draw(x.shape, generator=g)
+        draws = meanflow.Draws(e, t, r, torch.zeros(batch, dtype=torch.bool))
+        rows = dict(x=x, y=(torch.randn(batch, cifar10.LABELS, generator=g), seeds), draws=draws)
+        return *build(size, device), move(rows, device)
     x, y = torch.randn(batch, 4, 32, 32, generator=g), torch.randint(CLASSES, (batch,), generator=g)
     draws = (imf.draw if is_improved(size) else meanflow.draw)(x.shape, generator=g)
     torch.manual_seed(0)
@@ -433,14 +474,17 @@ def asked(args, compiled):
         # after it has failed to.
         keys = [key for key in keys if key == "ours"]
     guidance = (True,) if is_improved(args.size) else (False, True)
+    guidance = (False,) if is_cifar10(args.size) else guidance
     return [(False, "flow"), *((guided, key) for guided in guidance for key in keys)]
 
 
 def costs(args, device):
     """Print what a step of each formulation costs."""
     torch.backends.cuda.matmul.allow_tf32 = True
+    if is_cifar10(args.size):
+        cifar10.group_norm = group_norm
     given, ceiling = problem(args.size, args.batch, device), matmul_ceiling(device)
-    print(f"{args.size}, batch {args.batch}, 4x32x32 latents, {machine(device)}")
+    print(f"{args.size}, batch {args.batch}, {machine(device)}")
     print(f"matmul ceiling {ceiling:.2f} TFLOP/s\n")
     print_head(COLUMNS)
     unit = gigaflop("flow", args.size, False) / 3

@@ -101,7 +101,8 @@ def state():
     adam = torch.optim.Adam(params.values())
     for p in params.values():
         adam.state[p] = {"step": torch.zeros(()), "exp_avg": torch.ones_like(p)}
-    return train.State(params, {name: p.detach().clone() for name, p in params.items()}, adam)
+    average = {name: p.detach().clone() for name, p in params.items()}
+    return train.State(params, {0.9: average}, adam)
 
 
 def saved_state(folder):

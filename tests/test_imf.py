@@ -727,7 +727,7 @@ def test_a_run_from_before_there_was_a_warmup_goes_on(tmp_path):
 def test_the_step_size_grows_from_zero(tmp_path):
     p = torch.nn.Parameter(torch.zeros(1))
     adam = torch.optim.Adam([p], 7.0)
-    state = train.State({"p": p}, {"p": torch.zeros(1)}, adam)
+    state = train.State({"p": p}, {0.9: {"p": torch.zeros(1)}}, adam)
     plan = train.Plan(lr=0.5, batch=1024, steps=100, warmup=4)
     for step, rate in enumerate((0, 0.125, 0.25, 0.375, 0.5, 0.5), 1):
         p.grad = torch.ones(1)

@@ -8,6 +8,7 @@ import types
 from pathlib import Path
 
 import pytest
+import test_cifar10
 import test_data
 import test_dual
 import test_evaluate
@@ -24,10 +25,15 @@ import torch
 from test_copy import ORDER
 from test_runtime import umask  # noqa: F401
 
+import dual
+
 ROOT = Path(__file__).parent.parent
 MODULES = test_meanflow, test_dual, test_model, test_imf, test_vae, test_fid, test_inception
-MODULES += test_runtime, test_weights, test_data, test_evaluate, test_train
+MODULES += test_runtime, test_weights, test_data, test_evaluate, test_train, test_cifar10
 diffusers = [test_vae.test_agrees_with_diffusers, test_vae.SMALL, (40, 24), torch.float64, 1e-12]
+unet = [test_cifar10.test_agrees_with_the_authors_code, "", dual.jvp, torch.float64, 1e-6]
+dropped = [test_cifar10.test_agrees_with_the_authors_code, "drop.", dual.jvp, torch.float64, 1e-6]
+warped = [test_cifar10.test_the_augmentation_is_the_authors, "aug1.", torch.float64, 1e-6]
 authors = [test_meanflow.test_agrees_with_the_authors_code, "mix", {"kappa": 0.5}]
 
 # fmt: off
@@ -663,7 +669,8 @@ MUTANTS = {
          test_weights.test_reversing_time_is_exact),
         ("the decoder's blocks from 0", "int(match[1]) + encoder_depth", "int(match[1])",
          test_weights.test_repas_early_files_number_the_decoders_blocks_anew),
-        ("raw weights beside averaged ones", "averaged or networks or", "networks or",
+        ("raw weights beside averaged ones", 
+         "[name for name in networks if re.search(averaged, name)] or", "",
          [test_weights.test_averaged_weights_are_preferred_in_any_nesting, "model, ema"]),
         ("a name that is there twice", "            if inner in tensors:", "            if False:",
          [test_weights.test_a_file_in_which_a_network_is_not_certain_is_refused,
@@ -726,10 +733,10 @@ MUTANTS = {
     ],
     "train": [
         ('an average of the average',
-         'for p in params], 1 - decay)',
-         'for p in params], decay)',
+         'for p in params], 1 - kept)',
+         'for p in params], kept)',
          [test_train.test_three_steps_are_adam_on_the_loss_and_the_average, 1]),
-        ("Adam's usual betas", "betas=(0.9, 0.95)", "betas=(0.9, 0.999)",
+        ("Adam's usual betas", "betas: tuple = (0.9, 0.95)", "betas: tuple = (0.9, 0.999)",
          [test_train.test_three_steps_are_adam_on_the_loss_and_the_average, 1]),
         ("weight decay", "fused=True)", "fused=True, weight_decay=0.1)",
          [test_train.test_three_steps_are_adam_on_the_loss_and_the_average, 1]),
@@ -750,8 +757,14 @@ MUTANTS = {
         ("the log holds the last part of a batch",
          "        rows.append(part)", "        rows = [part]",
          [test_train.test_three_steps_are_adam_on_the_loss_and_the_average, 2]),
-        ("the average remembers the initial weights", "min(plan.ema, (1 + step) / (10 + step))",
-         "plan.ema", [test_train.test_three_steps_are_adam_on_the_loss_and_the_average, 1]),
+        ("averages of every step", "if step % plan.ema_every == 0:", "if True:",
+         test_train.test_several_averages_every_few_steps),
+        ("a decay of one step for several", " ** plan.ema_every", "",
+         test_train.test_several_averages_every_few_steps),
+        ("the paper's momenta for all", "plan.lr, plan.betas,", "plan.lr, (0.9, 0.95),",
+         test_train.test_several_averages_every_few_steps),
+        ("the average remembers the initial weights", "min(decay, (1 + step) / (10 + step))",
+         "decay", [test_train.test_three_steps_are_adam_on_the_loss_and_the_average, 1]),
         ("as many epochs of any data set", "max(1, math.sqrt(recipe.images / images))", "1",
          test_train.test_smaller_data_sets_take_fewer_steps_of_more_epochs),
         ("all weights in bfloat16", 'enabled=self.mixed', 'enabled=True',
@@ -766,6 +779,73 @@ MUTANTS = {
          '"raw_differ": (raw, t > r)',
          '"raw_differ": (raw, t >= r)',
          test_train.test_the_log_holds_the_means_over_rows),
+    ],
+    "cifar10": [
+        ("cosines first", "for f in (torch.sin, torch.cos)", "for f in (torch.cos, torch.sin)",
+         unet),
+        ("frequencies that end before 1e-4", "/ (width - 1)", "/ width", unet),
+        ("t - r before t", "for s in (t, h)]", "for s in (h, t)]", unet),
+        ("no activation of the condition", 'return F.silu(linear(params, "map_layer1", e))',
+         'return linear(params, "map_layer1", e)', unet),
+        ("the skip comes first", "torch.cat((x, skips.pop()), 1)", "torch.cat((skips.pop(), x), 1)",
+         unet),
+        ("the condition comes after the norm",
+         'h = conv(w, "conv0", h) + linear(w, "affine", e)[:, :, None, None]\n'
+         '    h = F.silu(group_norm(w, "norm1", h))',
+         'h = conv(w, "conv0", h)\n    h = group_norm(w, "norm1", h)\n'
+         '    h = F.silu(h + linear(w, "affine", e)[:, :, None, None])', unet),
+        ("a sum that grows", 'if "skip.weight" in w else x)) * 0.5**0.5',
+         'if "skip.weight" in w else x))', unet),
+        ("attention replaces", "return (attention(w, x) + x) * 0.5**0.5", "return attention(w, x)",
+         unet),
+        ("a decoder in the encoder's order", 'if part == "dec" else -int(side)',
+         'if part == "enc" else -int(side)', unet),
+        ("dropped values are not made up for", "h * keep / (1 - DROPOUT)", "h * keep", dropped),
+        ("what dropout keeps is dropped", "h = h * keep /", "h = h * ~keep /", dropped),
+        ("labels that are not heard", 'labels.to(like.dtype))', '0 * labels.to(like.dtype))', unet),
+        ("a picture that fades when it is doubled", "4 * filter", "filter",
+         [test_cifar10.test_resampling_keeps_a_plane, "up"]),
+        ("a filter off the centre", "- 1.5).abs()", "- 1.4).abs()",
+         [test_cifar10.test_resampling_keeps_a_plane, "down"]),
+        ("upside down for mirrored", "x.flip(3)", "x.flip(2)", warped),
+        ("the other way round", "-sin, -sin, mean - cos", "sin, sin, mean - cos", warped),
+        ("a scale that shrinks", "2 ** (-scale / 5)", "2 ** (scale / 5)", warped),
+        ("stretched across", "(-stretch * math.log(2) / 5).sinh()",
+         "(stretch * math.log(2) / 5).sinh()",
+         test_cifar10.test_a_picture_grows_and_is_stretched_about_its_centre),
+        ("to the left and up", "-x.shape[3] / 8", "x.shape[3] / 8",
+         test_cifar10.test_a_shift_of_whole_pixels_is_a_shift),
+        ("the picture ends at its edge", 'mode="reflect"', 'mode="constant"',
+         test_cifar10.test_a_shift_of_whole_pixels_is_a_shift),
+        ("labels of what was not done", "torch.where(acts[:, (0, 1, 3, 3)], draws.warp, 0)",
+         "draws.warp", test_cifar10.test_draws_that_do_nothing_give_the_image_back),
+        ("all are warped", "torch.where(is_moved, moved, x), torch", "moved, torch",
+         test_cifar10.test_draws_that_do_nothing_give_the_image_back),
+        ("all blocks have one mask", "(seeds[:, None] + k)", "seeds[:, None]",
+         test_cifar10.test_dropout_is_a_function_of_seed_block_and_place),
+        ("copies of the sign", "(h ^ h >> 16 & 0xFFFF) >=", "(h ^ h >> 16) >=",
+         test_cifar10.test_dropout_is_a_function_of_seed_block_and_place),
+        ("half of what is random", " ^ (key >> 32).int()", "",
+         test_cifar10.test_seeds_that_are_alike_have_other_masks),
+        ("r's law for t's", "torch.sigmoid(1.6 * n_t - 0.6)", "torch.sigmoid(1.6 * n_t - 4)",
+         [test_cifar10.test_times_are_the_authors, "v1"]),
+        ("three quarters have r = t", "torch.where(u < 0.25", "torch.where(u < 0.75",
+         [test_cifar10.test_times_are_the_authors, "v0"]),
+        ("r above t", "torch.where(u < 0.25, t, r).minimum(t)", "torch.where(u < 0.25, t, r)",
+         [test_cifar10.test_times_are_the_authors, "v1"]),
+        ("ImageNet's weight of the error", "p=0.75, c=1e-3", "p=1, c=1e-3",
+         test_cifar10.test_the_loss_is_the_authors_loss_of_augmented_images),
+        ("ImageNet's constant", "p=0.75, c=1e-3", "p=0.75, c=1e-2",
+         test_cifar10.test_the_loss_is_the_authors_loss_of_augmented_images),
+        ("no dropout", "labels, partial(masks, seeds), block", "labels, None, block",
+         test_cifar10.test_the_loss_is_the_authors_loss_of_augmented_images),
+        ("branches that speak at first", '"conv1|proj|aux_conv"', '"conv1|aux_conv"',
+         test_cifar10.test_a_fresh_network_is_nearly_zero_and_its_weights_as_the_authors),
+        ("another average", 'average="net_ema1"', 'average="net_ema"',
+         test_cifar10.test_what_the_authors_published_is_read),
+        ("any filter", "abs().max() > 1e-6 for f", "abs().max() > 9 for f",
+         [test_cifar10.test_other_networks_are_refused,
+          {"enc.4x4_down.skip.resample_filter": torch.ones(1, 1, 4, 4) / 16}, "another network"]),
     ],
 }
 # fmt: on
@@ -782,6 +862,7 @@ CRASHES = {  # the others: an assertion, or an error that is not raised
     "sparse tensors": RuntimeError,
     "raw weights beside averaged ones": ValueError,
     "times of the weights' precision alone": RuntimeError,
+    "a decoder in the encoder's order": KeyError,
 }
 METHOD = "meanflow", "model", "dual"  # the mutants of the other files are slow
 ROWS = [
@@ -804,11 +885,11 @@ def put_in_place(monkeypatch, original, mutant):
 
 @pytest.mark.parametrize("file, wrong, old, new, test", ROWS)
 def test_mutant_is_caught(monkeypatch, request, file, wrong, old, new, test):
-    source = (ROOT / f"{file}.py").read_text()
+    source = Path(importlib.import_module(file).__file__).read_text()
     assert source.count(old) == 1, f"{old!r} stands {source.count(old)} times in {file}.py"
     name = re.sub(r"\W", "_", wrong)  # Dynamo keeps modules by name
     mutant = types.ModuleType(name)
-    mutant.__file__ = str(ROOT / f"{file}.py")
+    mutant.__file__ = importlib.import_module(file).__file__
     exec(compile(source.replace(old, new), mutant.__file__, "exec"), mutant.__dict__)
     function, *arguments = test if isinstance(test, list) else [test]
     for place, parameter in enumerate(inspect.signature(function).parameters):

@@ -369,7 +369,8 @@ def test_recipes_are_the_papers():
 
 def test_a_plan_is_a_recipe_for_a_data_set():
     recipe = train.Recipe(None, 0.5, 10, 20, 1000, 0.9, warmup=5)
-    assert train.make_plan(recipe, 1000) == (0.5, 10, 2000, 0.9, 500, 0, "float32")
+    plan = 0.5, 10, 2000, 0.9, 500, 0, "float32", (0.9, 0.95), 1
+    assert train.make_plan(recipe, 1000) == plan
     plan = train.make_plan(recipe, 1000, steps=30, seed=4, precision="bfloat16")
     assert plan == train.Plan(0.5, 10, 30, 0.9, warmup=8, seed=4, precision="bfloat16")
     assert train.make_plan(recipe, 250).steps == 1000  # a quarter of the images, twice the epochs
@@ -413,6 +414,33 @@ def test_three_steps_are_adam_on_the_loss_and_the_average(tmp_path, parts):
     raw, differ = torch.cat(errors), torch.arange(24) % 8 >= 6
     assert line["raw_equal"] == pytest.approx(raw[~differ].mean().item(), rel=1e-3)
     assert line["raw_differ"] == pytest.approx(raw[differ].mean().item(), rel=1e-3)
+
+
+def test_several_averages_every_few_steps():
+    """As Plan says, beside Adam's own momenta."""
+    g = torch.Generator().manual_seed(0)
+    method = train.Method(
+        "", lambda generator: {"w": torch.randn(3, generator=generator)}, *3 * [0]
+    )
+    plan = train.Plan(0.1, 1, 9, ema=(0.9, 0.5, 0.1), betas=(0.7, 0.8), ema_every=2)
+    state = train.begin(method, plan, torch.device("cpu"))
+    p, gradients = state.params["w"], torch.randn(5, 3, generator=g)
+    w, m, v = p.detach().clone(), 0, 0
+    averages = {decay: w.clone() for decay in plan.ema}
+    for k, gradient in enumerate(gradients, 1):
+        p.grad = gradient.clone()
+        train.update(state, plan, k)
+        m, v = 0.7 * m + 0.3 * gradient, 0.8 * v + 0.2 * gradient**2
+        w = w - 0.1 * m / (1 - 0.7**k) / ((v / (1 - 0.8**k)).sqrt() + 1e-8)
+        for decay in plan.ema if k % 2 == 0 else ():
+            kept = min(decay, (1 + k) / (10 + k)) ** 2
+            averages[decay] = kept * averages[decay] + (1 - kept) * w
+        assert torch.allclose(p, w, atol=1e-6)
+        for decay, average in averages.items():
+            assert torch.allclose(state.ema[decay]["w"], average, atol=1e-6)
+    saved = train.saved_tensors(state)
+    assert list(saved) == ["state", "ema0.5", "ema0.1", "ema"]  # the last says that all are there
+    assert saved["ema"] is state.ema[0.9] and saved["ema0.1"] is state.ema[0.1]
 
 
 def logged(history, *errors):
@@ -515,7 +543,7 @@ def test_old_saves_are_thinned(tmp_path):
     p = torch.nn.Parameter(torch.ones(3))
     adam = torch.optim.Adam([p])
     adam.state[p] = {moment: torch.zeros(3) for moment in ("exp_avg", "exp_avg_sq")}
-    state = train.State({"w": p}, {"w": p.detach()}, adam)
+    state = train.State({"w": p}, {0.9: {"w": p.detach()}}, adam)
     for step in range(25_000, 200_000, 25_000):
         weights.save_checkpoint(tmp_path, step, train.saved_tensors(state), {})
     kept = {kind: sorted(weights.checkpoints(tmp_path, kind)) for kind in ("ema", "state")}

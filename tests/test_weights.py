@@ -1059,3 +1059,16 @@ def test_latents_are_scaled_as_each_network_takes_them():
     shift, scale = improved.latents
     assert shift.flatten()[0] == pytest.approx(0.86488) and scale.shape == (4, 1, 1)
     assert scale.flatten()[0] == pytest.approx(1 / 4.85503674)
+
+
+def test_a_network_of_the_users_is_found(tmp_path):
+    """By its file, and the name of a function in it, if that is not `load`."""
+    path = tmp_path / "own.py"
+    path.write_text("def load(path, device):\n    return path, device\n\nother = print\n")
+    assert weights.find_function(str(path))("x", "cpu") == ("x", "cpu")
+    assert weights.find_function(f"{path}:other") is print
+    for place in (f"{path}:no", tmp_path, "no.py", path.rename(tmp_path / "own.txt")):
+        with pytest.raises(ValueError, match="is no function in a file: give FILE.py, where it is"):
+            weights.find_function(str(place))
+    with pytest.raises(ValueError, match="--convention would be ignored with --network: leave it"):
+        weights.open_sampler("x", "cpu", network=str(path), convention="sit")
