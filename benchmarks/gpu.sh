@@ -31,6 +31,8 @@ name=step-authors limit=400
 run python benchmarks/step.py --size "$SIZE" --batch "$first" --only authors ours --limit 240
 name=step-unet limit=600  # a network that somebody else wrote
 run python benchmarks/step.py --size UNet --batch "$first" --only authors ours --limit 240
+name=step-cifar10 limit=600  # the paper's other experiment, 128 rows a GPU as its authors have
+run python benchmarks/step.py --size "${CIFAR:-cifar10}" --batch "${CIFAR_BATCH:-128}" --only authors ours --limit 240
 name=profile limit=200
 run python benchmarks/step.py --size "$SIZE" --batch "$first" --only ours --rounds 2 --profile
 

@@ -80,7 +80,7 @@ def kept(size, batch, device="cpu"):
 
 
 def main():
-    print("| size | weights, gradients, Adam, average | an image | ", end="")
+    print("| size | weights, gradients, Adam, averages | an image | ", end="")
     print(" | ".join(f"{gpu} GB" for gpu in GPUS), "|\n|---|---|---|" + "---|" * len(GPUS))
     for size in ["cifar10", *(size for size in train.RECIPES if "T" not in size)]:
         averages, total = (3, 1024) if size == "cifar10" else (1, train.RECIPES[size].batch)

@@ -483,6 +483,7 @@ def costs(args, device):
     torch.backends.cuda.matmul.allow_tf32 = True
     if is_cifar10(args.size):
         cifar10.group_norm = group_norm
+        torch._dynamo.config.recompile_limit = 64  # kinds of blocks
     given, ceiling = problem(args.size, args.batch, device), matmul_ceiling(device)
     print(f"{args.size}, batch {args.batch}, {machine(device)}")
     print(f"matmul ceiling {ceiling:.2f} TFLOP/s\n")

@@ -324,9 +324,10 @@ def drawer(params):
 def unet_method(width, shape, sampler="v0", compiled=False):
     """Return the Method of images of this shape, (C, W, W)."""
     architecture = dict(width=width, side=shape[1], attention=shape[1] // 2, channels=shape[0])
-    options = dict(block=dual.compile(block, dynamic=False)) if compiled else {}
+    torch._dynamo.config.recompile_limit = 64  # kinds of blocks, with and without tangents
+    compiled_block = dual.compile(block, dynamic=False) if compiled else block
     functions = partial(init, **architecture), partial(draw, sampler=sampler)
-    functions += partial(loss, **options), drawer
+    functions += partial(loss, block=compiled_block), drawer
     return train.Method("MeanFlow of DDPM++", *functions, floor=True)
 
 
