@@ -386,8 +386,7 @@ def main(argv, world):
     args = arguments.parse_args(argv)
     dataset = data.load_data(args.data, world.rank, world.size)
     if dataset.kind != "pixels" or dataset.shape[1] % 4:
-        found = f"{args.data} holds {dataset.kind} of {dataset.shape}"
-        raise ValueError(f"{found}: give pixels whose side 4 divides")
+        raise ValueError(f"{args.data}: {dataset.kind} {dataset.shape}: give pixels of side 4n")
     dataset = dataset._replace(classes=CLASSES, labels=torch.zeros_like(dataset.labels))
     method = unet_method(args.width, dataset.shape, args.sampler, args.compile)
     options = dict(seed=args.seed, warmup=round(args.steps / 80), betas=(0.9, 0.999))

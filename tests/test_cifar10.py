@@ -560,7 +560,7 @@ def test_networks_of_the_house_are_refused(tmp_path):
 
 
 def test_other_data_are_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"digits holds pixels of \(1, 8, 8\)|pixels"):
+    with pytest.raises(ValueError, match=r"^digits: latents \(1, 8, 8\): give pixels of side 4n"):
         dataset = data.digits()._replace(kind="latents")
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(data, "load_data", lambda *_: dataset)
