@@ -304,20 +304,21 @@ def describe(sampler, scorer, samples, device):
     how, some = "uniform" if samples.uniform else "balanced", samples.classes or []
     labels = choose_labels(len(some), some, sampler.classes).tolist()
     how += f", of {','.join(map(str, labels))}" if some else ""
-    decoder = "float32, convolutions in TF32" if device.type == "cuda" else "float32"
+    precision = "float32, convolutions in TF32" if device.type == "cuda" else "float32"
     return {
         "count": samples.count,
         **scorer.about,
         "steps": samples.steps,
         "seed": samples.seed,
         "guidance": list(sampler.guidance) or None,
-        "precision": {"network": "float32", "decoder": sampler.vae and decoder},
+        "precision": {"network": precision, "decoder": sampler.vae and precision},
         "uint8": "rounded down" if sampler.floor else "rounded",
         "classes": how,
         "weights": sampler.weights,
         "vae": samples.vae and weights.first_sha256(samples.vae),
         "scale": samples.scale,
         "convention": samples.convention,
+        "network": samples.network,
     }
 
 
@@ -330,6 +331,7 @@ def score(sampler, known, *, scorer, samples, world):
     runtime.agree(about, "weights or references")
 
     def facts(line):  # wherever the file lay
+        line = {"uint8": "rounded"} | line  # as all were in earlier versions
         digest = str(line.get("weights")).rpartition(" ")[2]
         return {k: line.get(k) for k in about} | {"weights": digest}
 

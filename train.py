@@ -378,7 +378,7 @@ def update(state, plan, step):
     """Take Adam's step, move the average after it, and return the norm of the gradients.
 
     differs from the paper: at first the average is over a tenth of the steps so far, so that it
-    holds nothing of the initial weights; from step 90,000 on it is the paper's.
+    holds nothing of the initial weights; a decay of 0.9999 is the paper's from step 90,000 on.
     """
     params = [*state.params.values()]
     norm = torch.nn.utils.get_total_norm([p.grad for p in params])

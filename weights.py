@@ -40,7 +40,9 @@ from vae import shapes as vae_shapes
 
 KEEP = 2  # saves of a run, in case the last is damaged
 LASTING = 50_000  # steps between averaged weights that are kept for good
-WEIGHTS = "give a run's folder, or .safetensors, .pt or .pth weights of a DiT or iMF"
+WEIGHTS = (
+    "give a run's folder, or .safetensors, .pt or .pth weights of a DiT or iMF, or else --network"
+)
 VAE = "fetch diffusion_pytorch_model.safetensors of stabilityai/sd-vae-ft-mse from Hugging Face"
 CONVENTIONS = {
     "repa": "predicts e - x, t = 1 is noise (as REPA's SiT)",
@@ -373,18 +375,19 @@ def load_vae(path, device="cpu", wanted=""):
     return params
 
 
+@lru_cache
 def find_function(place):
     """Return the function at FILE.py:NAME, or FILE.py:load. This runs the file, a user's own."""
-    path, _, name = place.partition(":")
-    spec = spec_from_file_location(Path(path).stem, path)
+    path, name = re.fullmatch(r"(.*?)(?::(\w+))?", place).groups()
+    spec = spec_from_file_location(f"network {path}", path)  # a name that no other module has
     if spec and os.path.isfile(path):
-        module = module_from_spec(spec)
+        module = sys.modules[spec.name] = module_from_spec(spec)
+        sys.path.append(str(Path(path).parent))  # for what it imports
         spec.loader.exec_module(module)
-        if function := getattr(module, name or "load", None):
+        if callable(function := getattr(module, name or "load", None)):
             return function
-    raise ValueError(
-        f"{place} is no function in a file: give FILE.py, where it is load, or FILE.py:NAME"
-    )
+    hint = "give FILE.py, where it is load, or FILE.py:NAME"
+    raise ValueError(f"{place} is no function in a file: {hint}")
 
 
 def open_sampler(path, device, *, convention=None, steps=1, vae=None, scale=None, network=None):
@@ -521,9 +524,11 @@ def save_checkpoint(folder, step, tensors, metadata):
     for kind, part in tensors.items():
         about = state if kind == "state" else average
         save_tensors(checkpoint(folder, kind, step), part, about)
+    whole = checkpoints(folder, "ema").keys() & checkpoints(folder, "state").keys()
+    first = sorted(whole)[-KEEP] if len(whole) >= KEEP else 0
     for kind in tensors:
-        for old, path in list(checkpoints(folder, kind).items())[:-KEEP]:
-            if kind == "state" or old % LASTING:
+        for old, path in checkpoints(folder, kind).items():
+            if old < first and (kind == "state" or old % LASTING):
                 path.unlink()
 
 
@@ -541,7 +546,7 @@ def restore(folder, step, tensors, run):
 
     Raises ValueError for tensors of other names, shapes or dtypes, another step or another run.
     """
-    hint = "delete both files of this step to continue from the save before"
+    hint = "delete the files of this step to continue from the save before"
     for kind, part in tensors.items():
         path = checkpoint(folder, kind, step)
         saved, about = read_tensors(path, hint)

@@ -4,19 +4,22 @@
     python examples/cifar10.py data/cifar10 --width 32 --batch 64 --steps 5000      on a laptop
     torchrun --nproc-per-node 8 examples/cifar10.py data/cifar10                    as the paper
     python sample.py runs/cifar10 --network examples/cifar10.py
-    python evaluate.py model.pth --network examples/cifar10.py --ref data/cifar10   published
+    python evaluate.py model.pth --network examples/cifar10.py --ref data/cifar10 --inception FILE
 
 The house knows nothing of this: the U-Net of Song et al. (DDPM++, arXiv 2011.13456) on t and t - r,
 the augmentation of Karras et al. (EDM, arXiv 2206.00364), which the network is told so that samples
-have none of it, dropout, three averages. All are as in the authors' PyTorch code, py-meanflow, and
-have its numbers; a step costs 3.75 forwards, theirs 5. The same command resumes a run.
+have none of it, dropout, three averages. All have the numbers of the authors' PyTorch code,
+py-meanflow; a step costs 3.75 forwards, theirs 5. The same command resumes a run.
+
+differs from the authors: r = t in a fixed share of the rows; averages forget the initial weights at
+first (train.update); lr grows from 0, not 1e-8; epochs are whole; linear and attention in float32.
 """
 
 # ruff: noqa: E402
 import math
 import re
 import sys
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -31,17 +34,12 @@ import meanflow
 import runtime
 import train
 import weights
+from model import linear
 
 EPS = 1e-6  # of group norms
 DROPOUT = 0.2
 LABELS = 6  # of the augmentation
 WARPED = 0.12  # probability of each kind of warp
-SYM6 = (  # low-pass filter of the wavelet, orthogonal to its even shifts
-    *(0.015404109327027373, 0.0034907120842174702, -0.11799011114819057, -0.048311742585633),
-    *(0.4910559419267466, 0.787641141030194, 0.3379294217276218, -0.07263752278646252),
-    *(-0.021060292512300564, 0.04472490177066578, 0.0017677118642428036, -0.007800708325034148),
-)
-CLASSES = ["image"]
 HINT = "give a run's folder or the weights of a U-Net with the names of py-meanflow's"
 
 
@@ -118,12 +116,7 @@ def blocks_of(params):
     return {name: found[key, name] for key, name in sorted(found)}
 
 
-def linear(w, name, x):
-    return F.linear(x, w[f"{name}.weight"], w.get(f"{name}.bias"))
-
-
 def conv(w, name, x):
-    """Apply a convolution, 3x3 or 1x1, that keeps the size."""
     return F.conv2d(x, w[f"{name}.weight"], w[f"{name}.bias"], padding="same")
 
 
@@ -182,17 +175,16 @@ def embed(params, t, h, labels=None):
     phases = [s[:, None] * 10000**falling for s in (t, h)]
     e = torch.cat([f(phase) for phase in phases for f in (torch.sin, torch.cos)], 1)
     if labels is not None:
-        e = e + linear(params, "map_augment", labels.to(like.dtype))
+        e = e + F.linear(labels.to(like.dtype), params["map_augment.weight"])
     e = F.silu(linear(params, "map_layer0", e))
     return F.silu(linear(params, "map_layer1", e))
 
 
 def unet(params, z, t, r, labels=None, masks=None, *, block=block):
-    """Return the average velocity u(z, t, r), shaped like z, (B, C, H, W).
+    """Return the average velocity u(z, t, r), shaped like z, (B, C, H, W); t, r: (B,).
 
-    t, r: (B,). labels: (B, LABELS), of the augmentation; None means none. masks(k, shape): which
-    values of this shape the dropout of block k keeps; None keeps all. To compile, pass
-    block=dual.compile(block).
+    labels: (B, LABELS), of the augmentation, or None for none. masks(k, shape): which values of
+    this shape the dropout of block k keeps. To compile, pass block=dual.compile(block).
     """
     e, blocks = embed(params, t, t - r, labels), blocks_of(params)
     top = re.search(r"\d+x\d+", next(iter(blocks)))[0]
@@ -219,12 +211,11 @@ class Draws(NamedTuple):
     seed: torch.Tensor  # (B,) int64 of dropout
     flip: torch.Tensor  # (B,) int64 0 or 1: whether the image is mirrored
     warp: torch.Tensor  # (B, 4)     normal: scale, stretch, shift to the right and down
-    coin: torch.Tensor  # (B, 4)     uniform in [0, 1): which of scale, stretch, turn and shift act
-    angle: torch.Tensor  # (B,)      uniform in [0, 1): the turn of the stretch's axis
+    chance: torch.Tensor  # (B, 5)   uniform: whether to scale, stretch, shift, turn; how far
 
 
 def draw_times(n_t, n_r, u, sampler="v0"):
-    """Return t and r, (B,), of two standard normals and a number in [0, 1) a row; r = t below 0.25.
+    """Return t and r, (B,), of two standard normals and a number in [0, 1): r = t where it is low.
 
     "v0" is the paper's; model.pth was trained with "v1".
     """
@@ -236,23 +227,18 @@ def draw_times(n_t, n_r, u, sampler="v0"):
 
 
 def draw(shape, *, generator, sampler="v0"):
-    """Draw a step's randomness for images of `shape` = (B, C, H, W), float32.
-
-    differs from the authors: r = t in a fixed share of the rows, the first, as in meanflow.draw.
-    """
+    """Draw a step's randomness for images of `shape` = (B, C, H, W), float32."""
     batch, place = shape[0], dict(generator=generator, device=generator.device)
     e, n = torch.randn(shape, **place), torch.randn(2, batch, **place)
     t, r = draw_times(*n, torch.arange(batch, device=e.device) / batch, sampler)
     seed, flip = torch.randint(2**62, (2, batch), **place)
-    warp, u = torch.randn(batch, 4, **place), torch.rand(batch, 5, **place)
-    return Draws(e, t, r, seed, flip % 2, warp, u[:, :4], u[:, 4])
+    warp, chance = torch.randn(batch, 4, **place), torch.rand(batch, 5, **place)
+    return Draws(e, t, r, seed, flip % 2, warp, chance)
 
 
 def masks(seeds, k, shape):
-    """Return what dropout keeps, `shape` bool: a hash of each row's seed, the block and the place.
-
-    So a row has the same mask in any process, and in every pass of a step.
-    """
+    """Return what dropout keeps, `shape` bool: a hash of each row's seed, the block and the place,
+    so that a row has the same mask in any process, and in every pass of a step."""
     key = (seeds[:, None] + k) * -7046029254386353131  # 2^64 / 1.618, in integers that wrap around
     h = torch.arange(math.prod(shape[1:]), device=seeds.device, dtype=torch.int32) + key.int()
     h = (h ^ h >> 16 & 0xFFFF) * -2048144789 ^ (key >> 32).int()  # & takes the sign's copies away
@@ -260,17 +246,26 @@ def masks(seeds, k, shape):
     return ((h ^ h >> 16 & 0xFFFF) >= round((2 * DROPOUT - 1) * 2**31)).view(shape)
 
 
+@lru_cache
+def low_pass(dtype, device):
+    """Return the low-pass filter of the wavelet sym6, orthogonal to its even shifts, (12, 12)."""
+    f = 0.015404109327027373, 0.0034907120842174702, -0.11799011114819057, -0.048311742585633
+    f += 0.4910559419267466, 0.787641141030194, 0.3379294217276218, -0.07263752278646252
+    f += -0.021060292512300564, 0.04472490177066578, 0.0017677118642428036, -0.007800708325034148
+    f = torch.tensor(f, dtype=dtype, device=device)
+    return f.outer(f)
+
+
 def warp(x, matrix, shift):
     """Return images x, (B, C, W, W), whose pixels come from elsewhere, with hardly any blur.
 
-    What is at p, (right, down) in pixels from the centre, comes from matrix @ (p + shift); matrix:
-    (B, 2, 2), shift: (B, 2). Images go on as their reflections. They are doubled by a wavelet's
-    filter, read bilinearly at twice the resolution, and halved by the same filter.
+    What is at p, (right, down) from the centre, comes from matrix (B, 2, 2) @ (p + shift (B, 2)).
+    Images, and their reflections around, are doubled by a wavelet's filter, read bilinearly at that
+    resolution and halved by the same filter.
     """
     channels, side = x.shape[1:3]
     margin, centre = side - 1, (side - 1) / 2
-    filter = torch.tensor(SYM6, dtype=x.dtype, device=x.device)
-    filter = filter.outer(filter).expand(channels, 1, -1, -1)
+    filter = low_pass(x.dtype, x.device).expand(channels, 1, -1, -1)
     x = F.pad(x, 4 * [margin], mode="reflect")
     x = F.conv_transpose2d(x, filter, stride=2, padding=5, groups=channels)
     at = torch.arange(2 * side + 12, dtype=x.dtype, device=x.device) / 2 - 3 - centre
@@ -284,12 +279,12 @@ def warp(x, matrix, shift):
 def augment(x, draws):
     """Return augmented images and what was done to them, (B, LABELS); zeros mean nothing.
 
-    x: (B, C, W, W) in [-1, 1]. EDM's augmentation without rotations and colours: mirror images;
-    each with probability WARPED, a scale, a stretch along some axis and a shift.
+    x: (B, C, W, W) in [-1, 1]. EDM's, without rotations and colours: mirror images; each with
+    probability WARPED, a scale, a stretch along some axis and a shift.
     """
-    acts = draws.coin < draws.coin.new_tensor((WARPED, WARPED, 0.5, WARPED))
-    n = torch.where(acts[:, (0, 1, 3, 3)], draws.warp, 0)
-    turn = torch.where(acts[:, 2], (2 * draws.angle - 1) * math.pi, 0)
+    acts, (turned, angle) = draws.chance[:, :3] < WARPED, draws.chance[:, 3:].T
+    n = torch.where(torch.cat((acts, acts[:, 2:]), 1), draws.warp, 0)
+    turn = torch.where(turned < 0.5, (2 * angle - 1) * math.pi, 0)
     scale, stretch, *shift = n.T
     labels = draws.flip, scale, stretch * turn.cos(), stretch * turn.sin(), *shift
     # R(-turn) diag(1 / k, k) R(turn) / 2^(scale / 5), where k = 2^(stretch / 5)
@@ -299,19 +294,19 @@ def augment(x, draws):
     matrix = matrix * 2 ** (-scale / 5)[:, None, None]
     x = torch.where(draws.flip.bool()[:, None, None, None], x.flip(3), x)
     moved = warp(x, matrix, -x.shape[3] / 8 * n[:, 2:])
-    is_moved = n.any(1)[:, None, None, None]
-    return torch.where(is_moved, moved, x), torch.stack(labels, 1)
+    return torch.where(n.any(1)[:, None, None, None], moved, x), torch.stack(labels, 1)
 
 
 def loss(params, x, y, draws, equal, *, block=block, masks=masks):
     """Return the loss and the raw error of each row, as of train.Method. There are no classes."""
     x, labels = augment(x, draws)
+    equal = min(equal, -(-len(x) // 4))  # v1 has more at times, and each number is compiled anew
 
     def net(z, t, r, condition):
         labels, seeds = condition
         return unet(params, z, t, r, labels, partial(masks, seeds), block=block)
 
-    given = meanflow.Draws(draws.e, draws.t, draws.r, torch.zeros_like(draws.t, dtype=torch.bool))
+    given = meanflow.Draws(draws.e, draws.t, draws.r, draws.t > 1)  # no label
     options = dict(p=0.75, c=1e-3, jvp=dual.jvp, equal=equal)
     return meanflow.fast_loss(net, x, (labels, draws.seed), given, null=(0.0, 0), **options)
 
@@ -334,25 +329,27 @@ def unet_method(width, shape, sampler="v0", compiled=False):
 def read_architecture(params):
     """Return the arguments of `shapes` for parameters. Raise LookupError for another network's."""
     blocks = blocks_of(params)
-    firsts = {int(name[4:].split("x")[0]): w for name, w in blocks.items() if "_block0" in name}
-    sides, width = sorted(firsts, reverse=True), len(params["map_layer0.bias"]) // 4
-    mult = tuple(len(firsts[side]["conv1.bias"]) // width for side in sides)
-    attend = [n for n in sides if f"enc.{n}x{n}_block0.qkv.weight" in params]
-    top = f"enc.{sides[0]}x{sides[0]}"
-    count = sum(name.startswith(f"{top}_block") for name in blocks)
-    found = dict(width=width, mult=mult, blocks=count, side=sides[0], attention=sum(attend[:1]))
-    return found | {"channels": params[f"{top}_conv.weight"].shape[1]}
+    firsts = {
+        int(k[4:].split("x")[0]): w for k, w in blocks.items() if re.match("enc.*_block0$", k)
+    }
+    side, width = max(firsts, default=0), len(params["map_layer0.bias"]) // 4
+    mult = tuple(len(firsts[n]["conv1.bias"]) // width for n in sorted(firsts, reverse=True))
+    attention = max((n for n in firsts if "qkv.weight" in firsts[n]), default=0)
+    count = sum(name.startswith(f"enc.{side}x{side}_block") for name in blocks)
+    channels = params[f"enc.{side}x{side}_conv.weight"].shape[1]
+    found = dict(width=width, mult=mult, blocks=count)
+    return found | dict(side=side, attention=attention, channels=channels)
 
 
 def load(path, device="cpu", *, average="net_ema1"):
-    """Return the weights.Sampler of a run's folder or file, or of the authors' model.pth.
-
-    average: which of those in model.pth: net_ema1 (decay 0.99995), whose FID the authors give,
-    net_ema (0.9999) or net_ema2 (0.9996). Raises OSError or ValueError, with one line.
-    """
+    """Return the weights.Sampler of a run's folder or file, or of the authors' model.pth, of which
+    `average` is taken: net_ema1 (decay 0.99995), whose FID they give, net_ema (0.9999) or net_ema2
+    (0.9996). Raises OSError or ValueError, with one line."""
     path = weights.find_checkpoint(path)
     named = rf"\b({average})(?=[./])"
-    params, _, identity = weights.read_weights(path, "map_layer0.weight", named)
+    params, about, identity = weights.read_weights(path, "map_layer0.weight", named)
+    if "run" in about and average != "net_ema1":
+        raise ValueError(f"{path} holds one average: give another file, as ema0.9996-STEP")
     runtime.check_tensors(path, params, {k: tuple(p.shape) for k, p in params.items()}, HINT)
     params = {name: p.float().to(device) for name, p in params.items()}
     filters = [params.pop(name) for name in [*params] if name.endswith("resample_filter")]
@@ -361,10 +358,10 @@ def load(path, device="cpu", *, average="net_ema1"):
         runtime.check_tensors(path, params, shapes(**architecture), HINT)
         if any((f - triangle(f)).abs().max() > 1e-6 for f in filters):
             raise LookupError
-    except (LookupError, ArithmeticError, RuntimeError):
+    except (LookupError, ArithmeticError, RuntimeError, TypeError):
         raise ValueError(f"{path} holds another network: {HINT}") from None
     shape = (architecture["channels"], *2 * (architecture["side"],))
-    return weights.Sampler(params, drawer, CLASSES, "pixels", shape, weights=identity, floor=True)
+    return weights.Sampler(params, drawer, ["image"], "pixels", shape, weights=identity, floor=True)
 
 
 net_ema, net_ema2 = partial(load, average="net_ema"), partial(load, average="net_ema2")
@@ -372,7 +369,7 @@ net_ema, net_ema2 = partial(load, average="net_ema"), partial(load, average="net
 
 def main(argv, world):
     arguments = runtime.parser(__doc__)
-    add, whole = arguments.add_argument, runtime.number(int, 1)
+    add, whole = arguments.add_argument, runtime.number(int, 1, 99_999_999)
     add("data", help="pixels that data.py wrote")
     add("--out", type=Path, default=Path("runs", "cifar10"), help="the run's folder")
     add("--width", type=runtime.number(int, 4), default=128, help="of the network (default: 128)")
@@ -380,14 +377,16 @@ def main(argv, world):
     add("--steps", type=whole, default=768_000, help="16,000 epochs of 48 by default")
     add("--batch", type=whole, default=1024, help="images a step, over all processes")
     add("--lr", type=runtime.number(float, 0), default=6e-4, help="Adam's step size")
-    add("--seed", type=int, default=0)
+    add("--seed", type=runtime.number(int, -(2**63), 2**63 - 1), default=0)
     add("--accumulate", type=whole, default=1, help="parts of a batch, if memory is short")
     add("--compile", action="store_true", help="compile the blocks")
     args = arguments.parse_args(argv)
     dataset = data.load_data(args.data, world.rank, world.size)
-    if dataset.kind != "pixels" or dataset.shape[1] % 4:
+    if dataset.kind != "pixels" or dataset.shape[1] % 4 or dataset.shape[1] != dataset.shape[2]:
         raise ValueError(f"{args.data}: {dataset.kind} {dataset.shape}: give pixels of side 4n")
-    dataset = dataset._replace(classes=CLASSES, labels=torch.zeros_like(dataset.labels))
+    if args.width % (32 if args.width > 32 else 4):
+        raise ValueError(f"--width {args.width}: give a multiple of 4 up to 32, or of 32")
+    dataset = dataset._replace(classes=["image"], labels=torch.zeros_like(dataset.labels))
     method = unet_method(args.width, dataset.shape, args.sampler, args.compile)
     options = dict(seed=args.seed, warmup=round(args.steps / 80), betas=(0.9, 0.999))
     averages = dict(ema=(0.99995, 0.9999, 0.9996), ema_every=16)  # the first is drawn from

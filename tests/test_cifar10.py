@@ -1,5 +1,6 @@
 """examples/cifar10.py: the numbers of the authors' PyTorch code, its properties, runs and files."""
 
+import argparse
 import json
 import re
 import sys
@@ -107,8 +108,8 @@ def test_agrees_with_the_authors_code(case, jvp, dtype, tolerance):
             gradient = params[name].grad.double().flatten()
             found = gradient.norm(), gradient @ hashed(1000 + k, (len(gradient),))
             norm, product = GOLDEN[f"{case}g.{name}"]
-            assert abs(found[0] - norm) < 10 * tolerance * norm, name
-            assert abs(found[1] - product) < 10 * tolerance * norm, name
+            assert abs(found[0] - norm) < tolerance * norm, name
+            assert abs(found[1] - product) < tolerance * norm, name
 
 
 @pytest.mark.parametrize("dtype, tolerance", PRECISIONS)
@@ -150,8 +151,10 @@ def warp_draws(**changes):
     """Return draws, which do nothing but for the changes, of as many rows as these have."""
     rows = len(next(iter(changes.values())))
     flip, nothing = torch.zeros(rows, dtype=torch.int64), torch.zeros(rows, 4)
+    coin, angle = changes.pop("coin", nothing + 1), changes.pop("angle", nothing[:, 0])
+    chance = torch.cat((coin, angle[:, None].to(coin)), 1)
     empty = dict(e=None, t=None, r=None, seed=None, flip=flip, warp=nothing)
-    return cifar10.Draws(**empty | {"coin": nothing + 1, "angle": nothing[:, 0]} | changes)
+    return cifar10.Draws(**empty | {"chance": chance} | changes)
 
 
 @pytest.mark.parametrize("dtype, tolerance", PRECISIONS)
@@ -159,7 +162,7 @@ def warp_draws(**changes):
 def test_the_augmentation_is_the_authors(case, dtype, tolerance):
     given = {k[5:]: torch.from_numpy(a) for k, a in GOLDEN.items() if k.startswith(case)}
     warp = torch.stack((given["scale"], given["aniso"], *given["shift"]), 1).to(dtype)
-    coins = [given[f"{name}_u"] for name in ("scale", "aniso", "angle", "shift")]
+    coins = [given[f"{name}_u"] for name in ("scale", "aniso", "shift", "angle")]
     coins, angle = torch.stack(coins, 1).to(dtype), given["angle"].to(dtype)
     draws = warp_draws(flip=given["flip"], warp=warp, coin=coins, angle=angle)
     images, labels = cifar10.augment(given["x"].to(dtype), draws)
@@ -190,7 +193,7 @@ def test_draws_that_do_nothing_give_the_image_back():
 def test_labels_say_what_was_done():
     x, ones = images(), torch.ones(4)
     warp = torch.tensor([[0.5, -1.5, 0.3, -0.4]]).expand(4, 4)
-    coin = torch.tensor([[0.0, 1, 1, 1], [1, 0, 1, 1], [1, 0, 0, 1], [1, 1, 1, 0]])
+    coin = torch.tensor([[0.0, 1, 1, 1], [1, 0, 1, 1], [1, 0, 1, 0], [1, 1, 0, 1]])
     flip = torch.tensor([0, 1, 0, 0])
     draws = warp_draws(warp=warp, coin=coin, angle=0.75 * ones, flip=flip)
     _, labels = cifar10.augment(x.float(), draws)
@@ -204,7 +207,7 @@ def test_a_shift_of_whole_pixels_is_a_shift(right, down, seed):
     """Of the image and its reflections, to the right and down."""
     x = images(1, 16, seed)
     warp = torch.tensor([[9.0, 9.0, right / 2, down / 2]]).double()
-    coin = torch.tensor([[1.0, 1, 1, 0]]).double()
+    coin = torch.tensor([[1.0, 1, 0, 1]]).double()
     moved, _ = cifar10.augment(x, warp_draws(warp=warp, coin=coin, angle=coin[:, 0]))
     around = torch.nn.functional.pad(x, (6, 6, 6, 6), mode="reflect")
     wanted = around[:, :, 6 - down : 22 - down, 6 - right : 22 - right]
@@ -219,7 +222,7 @@ def test_a_picture_grows_and_is_stretched_about_its_centre():
     def picture(x, y):
         return torch.sin(x / 5 + 0.3) * torch.cos(y / 7 - 0.2)
 
-    draws = dict(warp=torch.tensor([[1.5, -1.0, 0, 0]]), coin=torch.tensor([[0.0, 0, 0, 1]]))
+    draws = dict(warp=torch.tensor([[1.5, -1.0, 0, 0]]), coin=torch.tensor([[0.0, 0, 1, 0]]))
     draws = {name: a.double() for name, a in draws.items()}
     turn = torch.tensor(0.6).double()
     angle = (turn / torch.pi + 1)[None] / 2
@@ -320,8 +323,8 @@ def test_draws(sampler, share):
     found = draws.t.logit().mean(), draws.t.logit().std()
     assert found == pytest.approx(tuple(map(float, wanted)), abs=0.15)
     assert draws.flip.double().mean() == pytest.approx(0.5, abs=0.03)
-    assert len(draws.seed.unique()) == 4000 and draws.coin.shape == draws.warp.shape == (4000, 4)
-    assert draws.warp.mean(0).abs().max() < 0.1 and (draws.coin.mean(0) - 0.5).abs().max() < 0.03
+    assert len(draws.seed.unique()) == 4000 and draws.chance.shape == (4000, 5)
+    assert draws.warp.mean(0).abs().max() < 0.1 and (draws.chance.mean(0) - 0.5).abs().max() < 0.03
 
 
 def test_the_loss_is_the_authors_loss_of_augmented_images():
@@ -329,7 +332,7 @@ def test_the_loss_is_the_authors_loss_of_augmented_images():
     params, g = tiny(), torch.Generator().manual_seed(2)
     params = {name: p.requires_grad_() for name, p in params.items()}
     draws = cifar10.draw((9, 3, 8, 8), generator=g)
-    draws = draws._replace(coin=draws.coin / 3)  # more warps
+    draws = draws._replace(chance=draws.chance / 3)  # more warps
     doubles = {k: a.double() for k, a in draws._asdict().items() if a.is_floating_point()}
     draws = draws._replace(**doubles)
     x = torch.randn(9, 3, 8, 8, generator=g).double()
@@ -504,8 +507,9 @@ def published(path, **changes):
             for part in ("conv0", "skip")
         }
         model |= {f"{name}.{k}": p for k, p in (networks[name] | filters | changes).items()}
+    about = {"epoch": 5, "args": argparse.Namespace(lr=6e-4), "lr_schedule": {"_last_lr": [6e-4]}}
     optimizer = {"state": {0: {"exp_avg": torch.zeros(3)}}}
-    torch.save({"model": model, "epoch": 5, "optimizer": optimizer}, path)
+    torch.save({"model": model, "optimizer": optimizer} | about, path)
     return networks
 
 
@@ -539,6 +543,7 @@ def test_what_the_authors_published_is_read(tmp_path, capsys):
         ({"enc.4x4_block1.skip.weight": torch.zeros(8)}, "skip.weight is .8,., should be absent"),
         ({"map_layer0.bias": torch.full((32,), torch.nan)}, "map_layer0.bias has values that are"),
         ({"map_layer0.bias": torch.zeros(3)}, "another network"),
+        ({"map_layer0.bias": torch.tensor(1.0)}, "another network"),
         ({"dec.8x8_block1.conv0.weight": torch.zeros(8, dtype=torch.int64)}, "should be dense"),
     ],
 )
@@ -559,9 +564,60 @@ def test_networks_of_the_house_are_refused(tmp_path):
         cifar10.load(tmp_path / "x.safetensors")
 
 
-def test_other_data_are_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"^digits: latents \(1, 8, 8\): give pixels of side 4n"):
-        dataset = data.digits()._replace(kind="latents")
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(data, "load_data", lambda *_: dataset)
-            cifar10.main(["digits", "--out", str(tmp_path)], runtime.World())
+@pytest.mark.parametrize(
+    "change, flags, words",
+    [
+        ({"kind": "latents"}, [], r"^digits: latents \(1, 8, 8\): give pixels of side 4n$"),
+        ({"shape": (3, 8, 12)}, [], r"^digits: pixels \(3, 8, 12\): give pixels of side 4n$"),
+        ({"shape": (3, 6, 6)}, [], r"^digits: pixels \(3, 6, 6\): give pixels of side 4n$"),
+        ({}, ["--width", "6"], "^--width 6: give a multiple of 4 up to 32, or of 32$"),
+        ({}, ["--width", "48"], "^--width 48: give a multiple of 4 up to 32, or of 32$"),
+    ],
+)
+def test_other_data_and_widths_are_refused(monkeypatch, tmp_path, change, flags, words):
+    monkeypatch.setattr(data, "load_data", lambda *_: data.digits()._replace(**change))
+    with pytest.raises(ValueError, match=words):
+        cifar10.main(["digits", "--out", str(tmp_path / "run"), *flags], runtime.World())
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("width", [4, 12, 20, 28, 32, 64, 96])
+def test_group_norms_divide_the_channels_of_these_widths(width):
+    with torch.device("meta"):
+        shapes = cifar10.shapes(width, blocks=1, side=8, attention=4).items()
+        params = {name: torch.empty(shape) for name, shape in shapes}
+        z, t = torch.empty(2, 3, 8, 8), torch.empty(2)
+        assert cifar10.unet(params, z, t, t).shape == z.shape
+
+
+@pytest.mark.slow
+def test_all_kinds_of_blocks_are_compiled(monkeypatch):
+    """As by --compile, but without the compiler's last stage: values and tangents, to one graph."""
+    whole = dual.compile
+    monkeypatch.setattr(dual, "compile", partial(whole, backend="eager"))
+    torch._dynamo.reset()
+    method = cifar10.unet_method(4, (3, 8, 8), "v1", compiled=True)
+    draws = method.draw((8, 3, 8, 8), generator=torch.Generator().manual_seed(0))
+    params = method.init(generator=torch.Generator().manual_seed(1))
+    x, equal = torch.randn(8, 3, 8, 8), meanflow.count_equal(draws.t, draws.r)
+    found = method.loss(params, x, None, draws, equal)
+    wanted = cifar10.loss(params, x, None, draws, equal)
+    assert all(torch.allclose(a, b, rtol=1e-4) for a, b in zip(found, wanted))
+
+
+def test_each_average_has_a_score_of_its_own(tmp_path, pictures, capsys):
+    """And a run's file is one average alone."""
+    published(tmp_path / "model.pth")
+    scores = []
+    for name in ("load", "net_ema2", "load"):
+        network = ["--network", f"examples/cifar10.py:{name}", "--out", str(tmp_path / "scores")]
+        flags = ["--ref", pictures, "--count", "40", *network]
+        evaluate.main([str(tmp_path / "model.pth"), *flags], runtime.World())
+        scores.append(json.loads(capsys.readouterr().out))
+    assert scores[0] == scores[2] and scores[0]["fid"] != scores[1]["fid"]
+    assert scores[1]["network"] == "examples/cifar10.py:net_ema2"
+    params = cifar10.init(generator=torch.Generator().manual_seed(0), **TINY)
+    runtime.save_tensors(tmp_path / "ema-00000001.safetensors", params, {"run": "{}"})
+    assert cifar10.load(tmp_path).shape == (3, 8, 8)
+    with pytest.raises(ValueError, match="holds one average: give another file, as ema0.9996-STEP"):
+        cifar10.net_ema2(tmp_path)

@@ -548,6 +548,11 @@ def test_old_saves_are_thinned(tmp_path):
         weights.save_checkpoint(tmp_path, step, train.saved_tensors(state), {})
     kept = {kind: sorted(weights.checkpoints(tmp_path, kind)) for kind in ("ema", "state")}
     assert kept == {"ema": [50_000, 100_000, 150_000, 175_000], "state": [150_000, 175_000]}
+    whole = train.saved_tensors(state)
+    weights.save_tensors(tmp_path / "state-00180000.safetensors", whole["state"])  # half a save
+    weights.save_checkpoint(tmp_path, 190_000, whole, {})
+    kept = {kind: sorted(weights.checkpoints(tmp_path, kind)) for kind in ("ema", "state")}
+    assert kept["ema"][-2:] == [175_000, 190_000] and kept["state"] == [175_000, 180_000, 190_000]
 
 
 @slow

@@ -12,6 +12,7 @@ import math
 import os
 import pickle
 import re
+import sys
 from collections import OrderedDict
 from functools import partial
 from pathlib import Path
@@ -937,7 +938,7 @@ def test_files_copied_from_another_run_or_step_are_refused(tmp_path, kinds, step
     for path, other in zip(write_save(tmp_path / "run", 7), others):
         if path.name.split("-")[0] in kinds:
             path.write_bytes(other.read_bytes())
-    want = rf"{kinds[0]}-00000007.safetensors .*{words}: delete both files of this step to continue"
+    want = rf"{kinds[0]}-00000007.safetensors .*{words}: delete the files of this step to continue"
     with pytest.raises(ValueError, match=want):
         weights.restore(tmp_path / "run", 7, parts(), RUN)
 
@@ -949,7 +950,7 @@ def test_a_save_of_other_dtypes_is_refused(tmp_path, kind, name, dtype):
     path = weights.checkpoint(tmp_path, kind, 7)
     tensors, metadata = runtime.read_tensors(path, "")
     save_file(tensors | {name: tensors[name].to(dtype)}, path, metadata)
-    words = rf"{path.name}: {name} is {dtype}, .*, should be dense torch.float32: delete both files"
+    words = rf"{path.name}: {name} is {dtype}, .*, should be dense torch.float32: delete the files"
     with pytest.raises(ValueError, match=words):
         weights.restore(tmp_path, 7, parts(), RUN)
 
@@ -961,11 +962,11 @@ def test_a_save_whose_metadata_are_damaged_is_refused(tmp_path, kind, text):
     path = weights.checkpoint(tmp_path, kind, 7)
     tensors, metadata = runtime.read_tensors(path, "")
     save_file(tensors, path, metadata | {"save" if kind == "state" else "run": text})
-    with pytest.raises(ValueError, match=f"{path.name}.*: delete both files of this step"):
+    with pytest.raises(ValueError, match=f"{path.name}.*: delete the files of this step"):
         weights.restore(tmp_path, 7, parts(), RUN)
     if kind == "ema":
         save_file(tensors, path)  # none at all
-        with pytest.raises(ValueError, match=f"{path.name}.*: delete both files of this step"):
+        with pytest.raises(ValueError, match=f"{path.name}.*: delete the files of this step"):
             weights.restore(tmp_path, 7, parts(), RUN)
 
 
@@ -1064,10 +1065,19 @@ def test_latents_are_scaled_as_each_network_takes_them():
 def test_a_network_of_the_users_is_found(tmp_path):
     """By its file, and the name of a function in it, if that is not `load`."""
     path = tmp_path / "own.py"
-    path.write_text("def load(path, device):\n    return path, device\n\nother = print\n")
+    code = "from __future__ import annotations\nfrom dataclasses import dataclass\nimport beside\n"
+    code += "@dataclass\nclass A:\n    b: int\nother = print\n"
+    code += "def load(*inputs):\n    return inputs\n"
+    path.write_text(code)
+    (tmp_path / "beside.py").write_text("")
     assert weights.find_function(str(path))("x", "cpu") == ("x", "cpu")
     assert weights.find_function(f"{path}:other") is print
-    for place in (f"{path}:no", tmp_path, "no.py", path.rename(tmp_path / "own.txt")):
+    (tmp_path / "a:b").mkdir()
+    other = path.rename(tmp_path / "a:b" / "data.py")
+    assert weights.find_function(f"{other}:load")("x") == ("x",)
+    assert weights.find_function(f"{other}:load") is weights.find_function(f"{other}:load")
+    assert sys.modules["data"].__file__ != str(other)
+    for place in (f"{other}:no", f"{other}:__name__", tmp_path, "no.py", tmp_path / "beside.txt"):
         with pytest.raises(ValueError, match="is no function in a file: give FILE.py, where it is"):
             weights.find_function(str(place))
     with pytest.raises(ValueError, match="--convention would be ignored with --network: leave it"):
