@@ -166,6 +166,61 @@ def fast_loss(
     return velocity_loss(u, v_head, dudt, v_guided, t, r, p, c)
 
 
+# --- the loss of a network with one head ---
+
+
+def one_head_loss(
+    net, x, y, draws, *, null, omega=1, kappa=0, interval=(0, 1), p=1, c=0.01
+):
+    e, t, r, drop = draws[:4]
+    y = replace(y, null, drop)
+    z, v = interpolate(x, e, t)
+    with torch.no_grad():
+        v_class = evaluate(net, z, t, t, y)
+    guidance = dict(omega=omega, kappa=kappa, interval=interval)
+    v = meanflow.guide(net, z, t, v, y, drop, null=null, **guidance)
+    u, dudt = derivative(net, z, t, r, v_class, y)
+    return adaptive_loss(u + append_dims(t - r, u) * dudt, v, p, c)
+
+
+def fast_one_head_loss(
+    net,
+    x,
+    y,
+    draws,
+    *,
+    null,
+    omega=1,
+    kappa=0,
+    interval=(0, 1),
+    p=1,
+    c=0.01,
+    jvp=torch.func.jvp,
+    equal=None,
+):
+    e, t, r, drop = draws[:4]
+    z, v = interpolate(x, e, t)
+    n = count_equal(t, r) if equal is None else equal
+    rows, us, dudt = (z, t, r, meanflow.replace(y, null, drop)), [], torch.zeros_like(v)
+    first, last = (meanflow.each(lambda a: a[part], rows) for part in (slice(n), slice(n, None)))
+    if n > 0:
+        us.append(evaluate(net, *first))
+    if omega != 1 or kappa != 0:
+        v_null, v_class = meanflow.velocities(net, z, t, rows[-1], null, n)
+        v_all = torch.cat((*us, v_class)).detach()
+        v = meanflow.mix(v, v_all, v_null, t, drop, omega, kappa, interval)
+    elif n < len(x):
+        z_, t_, _, y_ = last
+        with torch.no_grad():
+            v_class = evaluate(net, z_, t_, t_, y_)
+    if n < len(x):
+        z_, t_, r_, y_ = last
+        u, differ = derivative(net, z_, t_, r_, v_class, y_, jvp=jvp)
+        us.append(u)
+        dudt = torch.cat((dudt[:n], differ))
+    return adaptive_loss(torch.cat(us), meanflow.identity(v, t, r, dudt), p, c)
+
+
 # --- the network ---
 
 
