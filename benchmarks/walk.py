@@ -98,12 +98,13 @@ ROWS = WALK | MENDS
 
 def conditions(setting):
     """Return {condition: (its embedder, number of its tokens)}."""
-    found = {"class": ("y_embedder", 8), "t - r": ("h_embedder", 4)}
-    if setting.embeds == "t, t - r":
-        found["t"] = ("t_embedder", 4)
+    found = {"class": ("y_embedder", 8)}
     if setting.most:
         found["kappa"] = ("omega_embedder", 4)
         found |= {"low": ("cfg_t_start_embedder", 2), "high": ("cfg_t_end_embedder", 2)}
+    found["t - r"] = ("h_embedder", 4)
+    if setting.embeds == "t, t - r":
+        found["t"] = ("t_embedder", 4)
     return found
 
 
