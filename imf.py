@@ -1,12 +1,27 @@
-"""Improved MeanFlow: guidance told to the network, a loss on the velocity, a second head.
+"""Improved MeanFlow: a loss on the velocity, guidance told to the network, a second head.
 
 Geng, Lu, Wu, Shechtman, Kolter, He: Improved Mean Flows: On the Challenges of Fastforward
-Generative Models, arXiv 2512.02012v1, as its authors' code (Lyy-iiis/imeanflow) computes it. It is
-MeanFlow's guidance with omega = 1 and a kappa that each row draws and the network is told; u is
-regressed on the guided velocity through V = u + (t - r) sg(du/dt), along the network's own class
-velocity; a second head learns that velocity.
+Generative Models, arXiv 2512.02012v1, as its authors' code (Lyy-iiis/imeanflow) computes it.
 
     python imf.py     print the sizes and their parameters
+
+The loss. Solved for v, MeanFlow's identity says which velocity a network u stands for:
+
+    V = u + (t - r) du/dt,    du/dt = (du/dz) v + (derivative of u by t)                (1)
+
+As in flow matching, V is regressed on e - x, a target without the network; no gradient flows
+through du/dt. The v in du/dt is the network's own velocity, u(z, t, t) or what a second head says,
+and e - x in MeanFlow, of which that is the mean given z: where it is right, both losses have the
+same expected gradient at p = 0. The noise of V - (e - x) is then that of e - x; in MeanFlow, it is
+multiplied by 1 - (t - r) du/dz, the Jacobian of the flow's map from z_t to z_r.
+
+The guidance. With kappa = 1 - 1/omega, a flow guided with scale omega is
+
+    v_g = v_null + omega (v_class - v_null)    or    v_g = v_class + kappa (v_g - v_null)     (2)
+
+So v_g is the mean of e - x + kappa (V_g - V_null), with the network's own velocities, and their
+errors return kappa times as large: they die out. It is MeanFlow's guidance with its omega = 1.
+Each row draws a scale, and the network is told kappa: in [0, 1) like the times, for any scale.
 
 A network is any callable net(z, t, r, y, guidance) -> (u, v), both (B, ...), where guidance is
 Guidance or Draws. Symbols as in meanflow.py, and
@@ -27,7 +42,8 @@ from torch.utils._pytree import tree_map
 import dual
 import meanflow
 import model
-from meanflow import adaptive_loss, append_dims, count_equal, derivative, evaluate, interpolate
+from dual import jvp
+from meanflow import adaptive_loss, append_dims, derivative, evaluate, interpolate, mix, replace
 
 EPS = 1e-6  # of RMSNorm
 HEAD = 64  # width of an attention head
@@ -92,12 +108,6 @@ def gate(t, guidance):
     return torch.where(inside, guidance.kappa, 0)
 
 
-def guide(v, kappa, v_class, v_null, drop):
-    """Return the guided velocity, (B, ...); v itself where the label is dropped."""
-    v_guided = v + append_dims(kappa, v) * (v_class - v_null)
-    return torch.where(append_dims(drop, v), v, v_guided)
-
-
 def at_all_times(kappa):
     return Guidance(kappa, torch.zeros_like(kappa), torch.ones_like(kappa))
 
@@ -116,7 +126,7 @@ def loss(net, x, y, draws, *, null, p=1, c=0.01):
         kappa = gate(t, draws)
         v_class = net(z, t, t, y, at_all_times(kappa))[1]
         v_null = net(z, t, t, torch.full_like(y, null), at_all_times(0 * kappa))[1]
-        v_guided = guide(v, kappa, v_class, v_null, drop)
+        v_guided = mix(v, v_class, v_null, t, drop, 1, append_dims(kappa, v), (0, 1))
     y = torch.where(drop, null, y)
     given = partial(net, guidance=draws)
     (u, v_head), (dudt, _) = derivative(given, z, t, r, v_class, y)
@@ -130,19 +140,17 @@ def velocity_loss(u, v_head, dudt, v_guided, t, r, p, c):
     return rows_u + rows_v, torch.stack((s_u, s_v), 1)
 
 
-def fast_loss(
-    net, x, y, draws, *, null, p=1, c=0.01, velocity=None, jvp=torch.func.jvp, equal=None
-):
+def fast_loss(net, x, y, draws, *, null, p=1, c=0.01, velocity=None, jvp=jvp, equal=None):
     """Return what `loss` returns at least cost, by not evaluating what is known.
 
     Where r = t no du/dt is needed, and the class velocity is the v head of the forward pass itself:
     there, guidance must act at all times, as `draw` has it.
     velocity(z, t, y, kappa) -> v at r = t alone, such as partial(imf_velocity, params); None takes
-    that of net. jvp, equal: as in meanflow.fast_loss.
+    that of net. jvp: torch.func.jvp will do; equal: as in meanflow.fast_loss.
     """
     e, t, r, drop, *_ = draws
     z, v = interpolate(x, e, t)
-    n = count_equal(t, r) if equal is None else equal
+    n = meanflow.count_equal(t, r) if equal is None else equal
     kappa = gate(t, draws)
     velocity = velocity or (lambda z, t, y, kappa: net(z, t, t, y, at_all_times(kappa))[1])
     with torch.no_grad():  # null velocities of all rows and class velocities where r != t
@@ -162,63 +170,58 @@ def fast_loss(
         (u, v_head), (dudt, _) = derivative(given, z_, t_, r_, v_class, y_, jvp=jvp)
         outputs.append((u, v_head, dudt, v_class))
     u, v_head, dudt, v_class = (torch.cat(parts) for parts in zip(*outputs))
-    v_guided = guide(v, kappa, v_class, v_null, drop)
+    v_guided = mix(v, v_class, v_null, t, drop, 1, append_dims(kappa, v), (0, 1))
     return velocity_loss(u, v_head, dudt, v_guided, t, r, p, c)
 
 
-# --- the loss of a network with one head ---
+# --- the loss of any network with one head ---
 
 
-def one_head_loss(
-    net, x, y, draws, *, null, omega=1, kappa=0, interval=(0, 1), p=1, c=0.01
-):
-    e, t, r, drop = draws[:4]
-    y = replace(y, null, drop)
+def one_head_loss(net, x, y, draws, *, null, omega=1, kappa=0, interval=(0, 1), p=1, c=0.01):
+    """Return the iMF loss of net(z, t, r, y) -> u and its raw squared error, both (B,).
+
+    It is meanflow.loss, with the same arguments, but for the direction of du/dt: u(z, t, t | y),
+    not v_g. To tell the network its guidance as well, make it part of y, with kappa = 0 in null;
+    kappa is then (B, 1, ...), and the ends of the interval are (B,).
+    """
+    e, t, r, drop = draws
     z, v = interpolate(x, e, t)
+    y = replace(y, null, drop)
     with torch.no_grad():
         v_class = evaluate(net, z, t, t, y)
-    guidance = dict(omega=omega, kappa=kappa, interval=interval)
-    v = meanflow.guide(net, z, t, v, y, drop, null=null, **guidance)
+        v_null = evaluate(net, z, t, t, replace(y, null, torch.ones_like(drop)))
+    v_guided = mix(v, v_class, v_null, t, drop, omega, kappa, interval)
     u, dudt = derivative(net, z, t, r, v_class, y)
-    return adaptive_loss(u + append_dims(t - r, u) * dudt, v, p, c)
+    return adaptive_loss(u + append_dims(t - r, u) * dudt, v_guided, p, c)
 
 
 def fast_one_head_loss(
-    net,
-    x,
-    y,
-    draws,
-    *,
-    null,
-    omega=1,
-    kappa=0,
-    interval=(0, 1),
-    p=1,
-    c=0.01,
-    jvp=torch.func.jvp,
-    equal=None,
+    net, x, y, draws, *, null, omega=1, kappa=0, interval=(0, 1), p=1, c=0.01, jvp=jvp, equal=None
 ):
-    e, t, r, drop = draws[:4]
+    """Return what `one_head_loss` returns at least cost. jvp, equal: as in meanflow.fast_loss.
+
+    In forwards of the batch, of whose rows a share s has r = t: 3 for u and its gradient, 1 - s for
+    du/dt, 1 - s for its direction and, guided, 1 for null velocities.
+    """
+    e, t, r, drop = draws
     z, v = interpolate(x, e, t)
-    n = count_equal(t, r) if equal is None else equal
-    rows, us, dudt = (z, t, r, meanflow.replace(y, null, drop)), [], torch.zeros_like(v)
-    first, last = (meanflow.each(lambda a: a[part], rows) for part in (slice(n), slice(n, None)))
+    n = meanflow.count_equal(t, r) if equal is None else equal
+    rows, outputs = (z, t, r, replace(y, null, drop)), []
     if n > 0:
-        us.append(evaluate(net, *first))
-    if omega != 1 or kappa != 0:
-        v_null, v_class = meanflow.velocities(net, z, t, rows[-1], null, n)
-        v_all = torch.cat((*us, v_class)).detach()
-        v = meanflow.mix(v, v_all, v_null, t, drop, omega, kappa, interval)
-    elif n < len(x):
-        z_, t_, _, y_ = last
+        u = evaluate(net, *meanflow.each(lambda a: a[:n], rows))
+        outputs.append((u, u.detach(), torch.zeros_like(u)))
+    if n < len(x):
+        z_, t_, r_, y_ = meanflow.each(lambda a: a[n:], rows)
         with torch.no_grad():
             v_class = evaluate(net, z_, t_, t_, y_)
-    if n < len(x):
-        z_, t_, r_, y_ = last
-        u, differ = derivative(net, z_, t_, r_, v_class, y_, jvp=jvp)
-        us.append(u)
-        dudt = torch.cat((dudt[:n], differ))
-    return adaptive_loss(torch.cat(us), meanflow.identity(v, t, r, dudt), p, c)
+        u, dudt = derivative(net, z_, t_, r_, v_class, y_, jvp=jvp)
+        outputs.append((u, v_class, dudt))
+    u, v_class, dudt = (torch.cat(parts) for parts in zip(*outputs))
+    if isinstance(kappa, torch.Tensor) or (omega, kappa) != (1, 0):
+        with torch.no_grad():
+            v_null = evaluate(net, z, t, t, replace(y, null, torch.ones_like(drop)))
+        v = mix(v, v_class, v_null, t, drop, omega, kappa, interval)
+    return adaptive_loss(u + append_dims(t - r, u) * dudt, v, p, c)
 
 
 # --- the network ---

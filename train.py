@@ -488,6 +488,7 @@ def parse_arguments(argv):
     add("--lr", type=runtime.number(float, 0), help="Adam's step size (default: the recipe's)")
     guidance = "its factors [and times between which it acts]; 1 0: none (default: the recipe's)"
     add("--guidance", nargs="+", type=float, metavar=("OMEGA KAPPA", "T0 T1"), help=guidance)
+    add("--loss", choices=["imf"], help="improved MeanFlow's, on a DiT (default: MeanFlow's)")
     add("--precision", choices=("float32", "bfloat16"), help="of GEMMs (on a GPU: bfloat16)")
     add("--seed", type=runtime.number(int, -(2**63), 2**63 - 1), default=0)
     saves = f"{SAVE_EVERY}, or so many more that saving takes {SAVE_SHARE:.0%} of the time"
@@ -546,7 +547,7 @@ def choose_guidance(recipe, name, classes, given):
         return recipe.guidance
     if given and given[:2] != [1, 0]:
         raise ValueError(f"--guidance would be ignored as {name} has one class: leave it out")
-    return 1.0, 0.0, (0.0, 1.0)
+    return weights.NO_GUIDANCE
 
 
 def announce(size, plan, dataset, guidance):
@@ -569,22 +570,21 @@ def main(argv, world):
     check_dataset(dataset, name, size, args.vae, args.fid)
     folder = "digits" if (dataset.name, size) == ("digits", "T/2") else size.replace("/", "-")
     folder = args.out or Path("runs", folder)
-    kind, shape, classes = dataset.kind, dataset.shape, dataset.classes
-    guidance = choose_guidance(recipe, name, len(classes), args.guidance)
+    guidance = choose_guidance(recipe, name, len(dataset.classes), args.guidance)
     plan = make_plan(recipe, len(dataset.items), args.steps, args.seed, precision)
     announce(size, plan, dataset, guidance)
 
-    about = {"size": size, "init": args.init, "convention": args.convention}
-    options = dict(channels=shape[0], classes=len(classes), compiled=args.compile)
+    about = {"size": size, "init": args.init, "convention": args.convention, "loss": args.loss}
+    options = dict(channels=dataset.shape[0], classes=len(dataset.classes), compiled=args.compile)
     if size in imf.SIZES:
-        method = imf_method(size, kind=kind, **options)
+        method = imf_method(size, kind=dataset.kind, **options)
     else:
-        method = dit_method(size, guidance=guidance, **options)
+        method = dit_method(size, guidance=guidance, improved=bool(args.loss), **options)
         about |= dict(zip(("omega", "kappa", "interval"), guidance))
     if args.init is not None and not weights.newest(folder):
-        taken = partial(weights.start_from, args.init, args.convention, classes, method.init)
-        method = method._replace(init=taken)
-    images, score = image_shape(kind, shape), None
+        start = partial(weights.start_from, args.init, args.convention, dataset.classes)
+        method = method._replace(init=partial(start, method.init))
+    images, score = image_shape(dataset.kind, dataset.shape), None
     vae = None if args.vae is None else weights.load_vae(args.vae, world.device, dataset.vae)
     if args.fid:
         samples = evaluate.Samples(args.count or 50_000, vae=args.vae)

@@ -39,6 +39,7 @@ from vae import convert as convert_vae
 from vae import shapes as vae_shapes
 
 KEEP = 2  # saves of a run, in case the last is damaged
+NO_GUIDANCE = 1.0, 0.0, (0.0, 1.0)  # omega, kappa, times between which it acts
 LASTING = 50_000  # steps between averaged weights that are kept for good
 WEIGHTS = (
     "give a run's folder, or .safetensors, .pt or .pth weights of a DiT or iMF, or else --network"
@@ -461,21 +462,22 @@ class Method(NamedTuple):
     metadata: dict = {}  # what else checkpoints say of themselves, {key: str}
 
 
-def dit_method(size, *, channels, classes, guidance=(1.0, 0.0, (0.0, 1.0)), compiled=False):
+def dit_method(size, *, channels, classes, guidance=NO_GUIDANCE, improved=False, compiled=False):
     """Return the Method of MeanFlow's DiT. size: as of model.init; guidance: (omega, kappa, times
-    between which it acts)."""
+    between which it acts); improved: by iMF's loss and share of rows with r = t."""
     omega, kappa, interval = guidance
     block = dual.compile(model.block, dynamic=False) if compiled else model.block
     guided = dict(null=classes, omega=omega, kappa=kappa, interval=interval)
+    fast_loss = imf.fast_one_head_loss if improved else meanflow.fast_loss
 
     def loss(params, x, y, draws, equal):
         net = partial(dit, params, block=block)
-        return meanflow.fast_loss(net, x, y, draws, **guided, jvp=dual.jvp, equal=equal)
+        return fast_loss(net, x, y, draws, **guided, jvp=dual.jvp, equal=equal)
 
     return Method(
-        f"MeanFlow (arXiv 2505.13447) of size {size}",
+        f"MeanFlow (arXiv {'2512.02012' if improved else '2505.13447'}) of size {size}",
         init=partial(model.init, size, channels=channels, classes=classes),
-        draw=meanflow.draw,
+        draw=partial(meanflow.draw, share=0.5) if improved else meanflow.draw,
         loss=loss,
         net=dit_net,
     )

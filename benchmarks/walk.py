@@ -362,9 +362,7 @@ def table(lines):
     print(f"\n| | {' | '.join(f'{name} {metric}' for name, metric in shown)} |")
     print("|---" * (len(shown) + 1) + "|")
     for label, how in ROWS.items():
-        cells = [
-            cell(collect(lines, name, how, metric), metric, SEEDS) for name, metric in shown
-        ]
+        cells = [cell(collect(lines, name, how, metric), metric, SEEDS) for name, metric in shown]
         print(f"| {label} | {' | '.join(cells)} |")
 
 
@@ -372,7 +370,9 @@ def main(argv=None):
     layout = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=layout)
     parser.add_argument("--data", default="digits", help="digits, or a folder of pixels")
-    parser.add_argument("--steps", type=int, default=STEPS, help="of 64 images (default: %(default)s)")
+    parser.add_argument(
+        "--steps", type=int, default=STEPS, help="of 64 images (default: %(default)s)"
+    )
     parser.add_argument("--seeds", type=int, default=SEEDS)
     parser.add_argument("--workers", type=int, default=os.cpu_count())
     parser.add_argument("--table", action="store_true")

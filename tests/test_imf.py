@@ -8,11 +8,13 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 from processes import LAUNCH, finish, start
 from safetensors.torch import load_file, save_file
 from test_model import compare_compiled
+from torch.utils.flop_counter import FlopCounterMode
 
 import data
 import dual
@@ -400,6 +402,258 @@ def test_the_guided_velocity_is_stationary_at_scale_omega_within_the_interval(se
     draws = imf.Draws(z + (1 - t[:, None]) * v, t, t, drop, kappa, low, high)
     _, raw = imf.loss(net, z - t[:, None] * v, y, draws, null=2)
     assert raw.max() < 1e-18 * omega**2
+
+
+# --- the derivations, and the loss of a network with one head ---
+
+
+@given(st.integers(0, 10**6), st.floats(1, 20))
+def test_told_kappa_the_flow_is_guided_with_scale_omega(seed, omega):
+    """Both forms of (2) are one; an error of the network's velocity returns kappa times as large;
+    and the target is affine in kappa."""
+    g = torch.Generator().manual_seed(seed)
+    v_class, v_null, error = torch.randn(3, 5, 2, generator=g).double()
+    kappa, t, drop = 1 - 1 / omega, torch.rand(5, generator=g), torch.zeros(5, dtype=torch.bool)
+
+    def mean_target(own, kappa):
+        return meanflow.mix(v_class, own, v_null, t, drop, 1, kappa, (0, 1))
+
+    v_g = v_null + omega * (v_class - v_null)
+    assert close(mean_target(v_g, kappa), v_g, 1e-12)
+    assert (mean_target(v_g + error, kappa) - v_g - kappa * error).abs().max() < 1e-12 * omega
+    first, second, third = (mean_target(v_g, k) for k in (0, 0.3, 0.6))
+    assert (third - 2 * second + first).abs().max() < 1e-12 * omega
+
+
+def flow(theta):
+    """Return a net of one head: the true u of the Gaussian flow, and theta times (t - r) beside."""
+    return lambda z, t, r, y: gaussian_average(z, t, r, y) + (t - r)[:, None] * theta * z.sin()
+
+
+def pairs(seed):
+    """Return (x, y, draws, v): pairs of rows with the same z, whose e - x have the mean v."""
+    g = torch.Generator().manual_seed(seed)
+    z, away = torch.randn(2, 6, 2, generator=g).double()
+    r, t = torch.rand(2, 6, generator=g).double().sort(0).values
+    y, none = torch.arange(6) % 2, torch.zeros(12, dtype=torch.bool)
+    z, t, r, y, v = (
+        a.repeat(2, *[1] * (a.ndim - 1)) for a in (z, t, r, y, gaussian_velocity(z, t, y))
+    )
+    e_minus_x = v + torch.cat((away, -away))
+    x = z - t[:, None] * e_minus_x
+    return x, y, meanflow.Draws(x + e_minus_x, t, r, none), v
+
+
+@given(st.integers(0, 10**6))
+def test_v_of_the_true_average_velocity_is_the_velocity(seed):
+    """(1): no error is left where e - x is the marginal velocity, whatever the direction was."""
+    x, y, draws, v = pairs(seed)
+    z, _ = meanflow.interpolate(x, draws.e, draws.t)
+    draws = draws._replace(e=z + (1 - draws.t[:, None]) * v)
+    _, raw = imf.one_head_loss(flow(0), z - draws.t[:, None] * v, y, draws, null=2)
+    assert raw.max() < 1e-20
+
+
+@given(st.integers(0, 10**6), st.floats(-1, 1))
+def test_both_losses_have_the_same_expected_gradient_where_the_own_velocity_is_right(seed, theta):
+    """Over e - x given z, at p = 0, whatever u is where r < t; else they differ."""
+    x, y, draws, _ = pairs(seed)
+    found = []
+    for wrong in (0, 0.3):
+        for loss in (meanflow.loss, imf.one_head_loss):
+            weight = torch.tensor(theta, dtype=torch.float64, requires_grad=True)
+            net = flow(weight)
+            off = lambda z, t, r, y: net(z, t, r, y) + wrong * z  # noqa: E731
+            rows, _ = loss(off, x, y, draws, null=2, p=0)
+            found.append(torch.autograd.grad(rows.mean(), weight)[0].item())
+    assert found[1] == pytest.approx(found[0], rel=1e-9, abs=1e-12)
+    assert abs(found[3] - found[2]) > 1e-9
+
+
+@given(st.integers(0, 10**6))
+def test_the_noise_of_the_residual(seed):
+    """It is that of e - x; MeanFlow's is that times the Jacobian of the map from z_t to z_r."""
+    x, y, draws, v = pairs(seed)
+    z, e_minus_x = meanflow.interpolate(x, draws.e, draws.t)
+    noise, t, r = (e_minus_x - v), draws.t, draws.r
+
+    def spread(along):
+        _, dudt = meanflow.derivative(flow(0), z, t, r, along, y)
+        return e_minus_x - (t - r)[:, None] * dudt - gaussian_average(z, t, r, y)
+
+    deviation = [((1 - a) ** 2 * SPREAD[y] ** 2 + a**2).sqrt() for a in (t, r)]
+    jacobian = (deviation[1] / deviation[0])[:, None]
+    assert (spread(v) - noise).abs().max() < 1e-12
+    assert (spread(e_minus_x) - jacobian * noise).abs().max() < 1e-12
+
+
+@given(st.integers(0, 10**6), st.sampled_from([(2.0, 0.0), (1.0, 0.5), (0.2, 0.92)]))
+def test_the_guided_flow_of_one_head_is_stationary(seed, factors):
+    """At scale omega / (1 - kappa) inside the interval; and du/dt is along its velocity."""
+    x, y, draws, _ = pairs(seed)
+    (omega, kappa), t = factors, draws.t
+    z, _ = meanflow.interpolate(x, draws.e, t)
+    scale = omega / (1 - kappa)
+
+    def velocity(z, t, y):
+        away = gaussian_velocity(z, t, y) - gaussian_velocity(z, t, torch.full_like(y, 2))
+        inside = ((t <= 0.6) & (y != 2))[:, None]
+        return gaussian_velocity(z, t, y) + torch.where(inside, scale - 1, 0) * away
+
+    seen = []
+
+    def net(z, t, r, y):
+        return velocity(z, t, y)
+
+    def spy(f, primals, tangents):
+        seen.append(tangents[0])
+        return torch.func.jvp(f, primals, tangents)
+
+    v = gaussian_velocity(z, t, y)
+    x, draws = z - t[:, None] * v, draws._replace(e=z + (1 - t[:, None]) * v, r=0.99 * t)
+    options = dict(null=2, omega=omega, kappa=kappa, interval=(0, 0.6), equal=0)
+    imf.fast_one_head_loss(net, x, y, draws, jvp=spy, **options)
+    assert close(seen[0], velocity(z, t, y), 1e-12)
+    draws = draws._replace(r=t)
+    _, raw = imf.fast_one_head_loss(net, x, y, draws, **options | {"equal": len(x)})
+    assert raw.max() < 1e-20
+
+
+ONE_HEAD = {
+    "unguided": {},
+    "omega": {"omega": 2.0},
+    "kappa": {"omega": 0.2, "kappa": 0.92},
+    "interval": {"kappa": 0.5, "interval": (0.3, 0.7)},
+    "CIFAR-10": {"kappa": 0.5, "p": 0.75, "c": 1e-3},
+    "told": {},
+}
+
+
+def one_head(seed, rows, share, mode):
+    """Return (params, net, x, y, draws, options) of a DiT, told its guidance or not."""
+    g = torch.Generator().manual_seed(seed)
+    params = model.init((64, 1, 2), channels=3, classes=5, generator=g)
+    params = {k: p + 0.1 * torch.randn(p.shape, generator=g) for k, p in params.items()}
+    params = {k: p.double().requires_grad_() for k, p in params.items()}
+    x, y, draws = batch(seed, rows, share)
+    net, options = partial(model.dit, params), {"null": 5} | ONE_HEAD[mode]
+    if mode == "told":
+        kappa = draws.kappa[:, None, None, None]
+        options |= {"kappa": kappa, "interval": (draws.low, draws.high)}
+        y, options["null"] = (y, kappa, draws.low, draws.high), (5, 0.0, 0.0, 1.0)
+
+        def net(z, t, r, y):
+            label, kappa, low, high = y
+            told = kappa * (low + high)[:, None, None, None]
+            return (1 + told) * model.dit(params, z, t, r, label)
+
+    return params, net, x, y, meanflow.Draws(*draws[:4]), options
+
+
+@pytest.mark.parametrize("mode", ONE_HEAD)
+@given(st.integers(0, 10**6), st.integers(1, 8), st.sampled_from([0.0, 0.5, 0.75, 1.0]))
+def test_the_fast_loss_of_one_head_is_the_loss(mode, seed, rows, share):
+    params, net, x, y, draws, options = one_head(seed, rows, share, mode)
+    losses = [imf.one_head_loss] + [partial(imf.fast_one_head_loss, jvp=jvp) for jvp in JVPS]
+    found = []
+    for loss in losses:
+        each, raw = loss(net, x, y, draws, **options)
+        found.append([each, raw, *torch.autograd.grad(each.mean(), params.values())])
+    for want, *others in zip(*found):
+        for got in others:
+            assert (got - want).abs().max() <= 1e-11 * (1e-3 + want.abs().max())
+
+
+@pytest.mark.parametrize("mode", ONE_HEAD)
+def test_the_loss_of_one_head_is_meanflows_along_the_own_velocity(mode):
+    """Number and gradient: the error of u to v_g - (t - r) du/dt, with nothing but u's gradient."""
+    params, net, x, y, draws, options = one_head(0, 8, 0.25, mode)
+    labels = meanflow.replace(y, options["null"], draws.drop)
+    z, v = meanflow.interpolate(x, draws.e, draws.t)
+    own = net(z, draws.t, draws.t, labels).detach()
+    null = meanflow.replace(y, options["null"], torch.ones_like(draws.drop))
+    null = net(z, draws.t, draws.t, null).detach()
+    omega, kappa = options.get("omega", 1), options.get("kappa", 0)
+    low, high = options.get("interval", (0, 1))
+    guided = (low <= draws.t) & (draws.t <= high) & ~draws.drop
+    v_g = omega * v + kappa * own + (1 - omega - kappa) * null
+    v_g = torch.where(guided[:, None, None, None], v_g, v)
+    target = meanflow.target(net, z, draws.t, draws.r, own, labels) - own + v_g
+    u = net(z, draws.t, draws.r, labels)
+    square = (u - target).square().sum((1, 2, 3))
+    weight = 1 / (square + options.get("c", 0.01)).detach() ** options.get("p", 1)
+    rows, raw = imf.one_head_loss(net, x, y, draws, **options)
+    assert close(raw, square, 1e-12) and close(rows, weight * square, 1e-12)
+    wanted = torch.autograd.grad((weight * square).mean(), params.values())
+    for got, want in zip(torch.autograd.grad(rows.mean(), params.values()), wanted):
+        assert (got - want).abs().max() <= 1e-11 * (1e-3 + want.abs().max())
+
+
+def test_the_authors_network_of_two_heads_as_one():
+    """A net whose u at r = t is their v head, told its guidance, has their errors in every row."""
+    params, draws, labels = imf.convert(published()), golden_draws(), golden("y").long()
+    kappa, rest = draws.kappa[:, None, None, None], (draws.low, draws.high)
+
+    def net(z, t, r, y):
+        label, kappa, low, high = y
+        told = imf.Guidance(kappa.flatten(), low, high)
+        u, _ = imf.imf(params, z, t, r, label, told)
+        _, v = imf.imf(params, z, t, t, label, imf.at_all_times(imf.gate(t, told)))
+        return torch.where((t == r)[:, None, None, None], v, u)
+
+    y, null = (labels, kappa, *rest), (10, 0.0, 0.0, 1.0)
+    options = dict(null=null, kappa=kappa, interval=rest)
+    want = torch.where(draws.t == draws.r, golden("s_v"), golden("s_u"))[~draws.drop]
+    assert draws.drop.any() and (draws.r < draws.t)[~draws.drop].any()
+    for loss in (imf.one_head_loss, *(partial(imf.fast_one_head_loss, jvp=jvp) for jvp in JVPS)):
+        _, raw = loss(net, golden("x"), y, meanflow.Draws(*draws[:4]), **options)
+        assert close(raw[~draws.drop], want, 1e-5)
+
+
+@pytest.mark.parametrize("guided", [False, True])
+@pytest.mark.parametrize("rows, equal", [(5, 0), (5, 2), (5, 5), (1, 0), (1, 1)])
+def test_one_head_is_evaluated_no_more_than_it_must(rows, equal, guided):
+    x, y, draws = batch(0, rows, equal / rows)
+    seen = []
+
+    def net(z, t, r, y):
+        assert {len(a) for a in (z, t, r, y)} == {len(z)}
+        seen.append((len(z), torch.is_grad_enabled()))
+        return z
+
+    options = dict(null=5, kappa=0.5 * guided)
+    imf.fast_one_head_loss(net, x, y, meanflow.Draws(*draws[:4]), **options)
+    assert sum(n for n, graph in seen if graph) == rows and (0, True) not in seen
+    assert sum(n for n, graph in seen if not graph) == rows - equal + rows * guided
+
+
+@pytest.mark.parametrize(
+    "share, guided, units", [(0.75, 0, 3.5), (0.75, 1, 4.5), (0.5, 0, 4), (0.5, 1, 5)]
+)
+def test_what_a_step_of_one_head_costs(share, guided, units):
+    """In forwards of the network, counted: most of it are linears, so a little is left open."""
+    params, _, x, y, draws, _ = one_head(0, 8, share, "unguided")
+    wide = torch.nn.Parameter(torch.randn(4, 512, 512, dtype=torch.float64) / 23)
+
+    def net(z, t, r, y):
+        h = F.pad(z.flatten(1), (0, 464))
+        for w in wide:
+            h = F.linear(h, w).tanh()
+        return h[:, :48].reshape(z.shape)
+
+    def count(f):
+        with FlopCounterMode(display=False) as counter:
+            f()
+        return counter.get_total_flops()
+
+    def step():
+        options = dict(null=5, kappa=0.5 * guided, equal=int(8 * share))
+        rows, _ = imf.fast_one_head_loss(net, x, y, draws, **options)
+        rows.mean().backward()
+
+    once = count(lambda: net(x, draws.t, draws.r, y))
+    first = 1 / len(wide)  # the data need no gradient
+    assert count(step) / once == pytest.approx(units - first, abs=1e-9)
 
 
 # --- files to draw from ---
