@@ -49,6 +49,7 @@ class Setting(NamedTuple):
     gated: bool = False  # iMF's blocks: RMS norms, of queries and keys too, and SwiGLU
     init: str = "DiT"  # or "iMF"
     gates: float = 0.0  # what static gates of blocks begin at
+    bias: float = 0.0  # deviation of the patches' bias at first
     most: float | None = None  # scale up to which guidance is drawn and told
     lr: float = 3e-3
     batch: int = 64
@@ -81,13 +82,13 @@ MENDS = {
     f"iMF unguided, but {label}": UNGUIDED | change
     for label, change in {
         "sines beside rotary positions": {"places": ("rotary", "sines")},
-        "sines, not rotary": {"places": ("sines",)},
         "learned positions beside rotary": {"places": ("rotary", "learned")},
         "adaLN, no tokens": {"tokens": False},
         "t beside t - r": {"embeds": "t, t - r"},
         "gates begin at 1": {"gates": 1.0},
-        "DiT's init": {"init": "DiT"},
-        "learned positions, gates begin at 1": {"places": ("rotary", "learned"), "gates": 1.0},
+        "the patches' bias begins at N(0, 1/16)": {"bias": 0.25},
+        "gates and bias": {"gates": 1.0, "bias": 0.25},
+        "gates and learned positions": {"places": ("rotary", "learned"), "gates": 1.0},
     }.items()
 }
 ROWS = WALK | MENDS
@@ -133,8 +134,8 @@ def shapes(setting, channels, classes, patch):
             linear(f"{embedder}.mlp.2", width, width)
         tensors.update({f"{name}_tokens": (count, width)} if setting.tokens else {})
     if "learned" in setting.places:
-        count = sum(count for _, count in conditions(setting).values())
-        tensors["places"] = (PATCHES + count, width)
+        before = setting.tokens * sum(count for _, count in conditions(setting).values())
+        tensors["places"] = (before + PATCHES, width)
     for block in (f"{kind}.{i}" for kind, depth in kinds(setting).items() for i in range(depth)):
         linear(f"{block}.attn.qkv", 3 * width, width, not setting.gated)
         linear(f"{block}.attn.proj", width, width, not setting.gated)
@@ -171,6 +172,8 @@ def parameters(setting, channels, classes, patch, generator):
             p.fill_(setting.gates)
         elif "norm" in name:
             p.fill_(1)
+        elif name == "x_embedder.proj.bias":
+            p.normal_(0, setting.bias, generator=generator)
         elif name.endswith("bias") or "adaLN" in name or "final" in name:
             continue
         elif setting.init == "DiT" and (by_width or "embedder.mlp" in name):
@@ -221,10 +224,9 @@ def embed(setting, params, z, t, r, y, guidance):
         for name, (embedder, _) in conditions(setting).items()
     }
     x = (model.embed_places if "sines" in setting.places else model.embed_patches)(params, z)
-    if not setting.tokens:
-        return x, F.silu(sum(embedded.values()))
-    tokens = [params[f"{name}_tokens"] + c for name, c in embedded.items()]
-    return torch.cat([*tokens, x], 1) + params.get("places", 0), None
+    tokens = [params[f"{name}_tokens"] + c for name, c in embedded.items() if setting.tokens]
+    c = None if setting.tokens else F.silu(sum(embedded.values()))
+    return torch.cat([*tokens, x], 1) + params.get("places", 0), c
 
 
 def head(params, kind, blocks, x, c, rope, like):

@@ -748,6 +748,22 @@ def test_precision_is_that_of_the_matrix_products():
     assert half.dtype == torch.float32 and 1e-5 < error.max() < 0.05
 
 
+def test_a_dit_is_trained_by_the_improved_loss(monkeypatch, tmp_path):
+    """The log says so, the run goes on bit for bit, and no other loss continues it."""
+    monkeypatch.setattr(evaluate, "report", nothing)
+    words = ["--loss", "imf", "--batch", "8", "--save", "2", "--steps"]
+    whole, part = (["--out", str(tmp_path / name)] for name in ("whole", "part"))
+    train.main([*words, "4", *whole], World())
+    train.main([*words, "2", *part], World())
+    with pytest.raises(ValueError, match="holds a run with loss imf, not None: choose another"):
+        train.main([*words[2:], "4", *part], World())
+    train.main([*words, "4", *part], World())
+    saves = [load_file(tmp_path / name / "ema-00000004.safetensors") for name in ("whole", "part")]
+    assert all(torch.equal(saves[0][name], p) for name, p in saves[1].items())
+    first = json.loads((tmp_path / "whole" / "log.jsonl").read_text().splitlines()[0])
+    assert first["loss"] == "imf" and first["omega"] == 1 and first["kappa"] == 0.3
+
+
 # --- anybody's method ---
 
 

@@ -1001,8 +1001,10 @@ def a_batch(shape=(8, 1, 8, 8)):
     return torch.randn(shape, generator=g), torch.arange(shape[0]) % 10, g
 
 
+GUIDED = {"guidance": (1.0, 0.3, (0.0, 1.0))}
 METHODS = {
-    "dit": (partial(weights.dit_method, "T/2", guidance=(1.0, 0.3, (0.0, 1.0))), 3 * 4),
+    "dit": (partial(weights.dit_method, "T/2", **GUIDED), 3 * 4),
+    "improved": (partial(weights.dit_method, "T/2", **GUIDED, improved=True), 4 * 4),
     # the trunk and two heads for rows with r = t and for the others, trunk and one for velocities
     "imf": (partial(weights.imf_method, "iT/2", kind="pixels"), 2 * 6 + 4),
 }
@@ -1041,8 +1043,22 @@ def test_rows_with_equal_times_are_not_counted_again(monkeypatch, name):
     method = make(channels=1, classes=10)
     params, draws = method.init(generator=g), method.draw(x.shape, generator=g)
     monkeypatch.setattr(weights.meanflow, "count_equal", fail)
-    monkeypatch.setattr(weights.imf, "count_equal", fail)
     method.loss(params, x, y, draws, 6 if name == "dit" else 4)
+
+
+def test_a_dit_by_the_improved_loss():
+    """Half of the rows have r = t, and each argument arrives."""
+    x, y, g = a_batch()
+    guidance = 0.7, 0.6, (0.0, 0.8)
+    method = weights.dit_method("T/2", channels=1, classes=10, guidance=guidance, improved=True)
+    params, draws = method.init(generator=g), method.draw(x.shape, generator=g)
+    params = {name: p + 0.1 * torch.randn(p.shape, generator=g) for name, p in params.items()}
+    assert (draws.t == draws.r).tolist() == 4 * [True] + 4 * [False]
+    options = dict(null=10, omega=0.7, kappa=0.6, interval=(0.0, 0.8))
+    wanted = imf.one_head_loss(partial(model.dit, params), x, y, draws, **options)
+    for got, want in zip(method.loss(params, x, y, draws, 4), wanted):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-6)
+    assert "2512.02012" in method.name and method.net is weights.dit_net
 
 
 def test_an_imf_takes_latents_of_four_channels_alone():
