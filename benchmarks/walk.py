@@ -172,7 +172,7 @@ def parameters(setting, channels, classes, patch, generator):
             p.fill_(setting.gates)
         elif "norm" in name:
             p.fill_(1)
-        elif name == "x_embedder.proj.bias":
+        elif name == "x_embedder.proj.bias" and setting.bias:
             p.normal_(0, setting.bias, generator=generator)
         elif name.endswith("bias") or "adaLN" in name or "final" in name:
             continue
