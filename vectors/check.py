@@ -1,0 +1,646 @@
+"""Check a port of MeanFlow against vectors.json, and name the mistakes that it makes.
+
+    python vectors/check.py package.module:function             a loss
+    python vectors/check.py --imf package.module:function       a loss of improved MeanFlow
+    python vectors/check.py --sample package.module:function    a sampler
+    python vectors/check.py --draw package.module:function      a drawer of times
+    python vectors/check.py answers.json                        numbers of another language
+
+Torch, JAX and NumPy are understood, told by what the function returns. It is called as
+
+    loss(net, x, y, draws, *, null, omega, kappa, interval, p, c)    as meanflow.loss
+    loss(net, x, y, draws, *, null, p, c)                            --imf, as imf.loss
+    sample(net, e, y, steps)                       steps: a number, or the decreasing times
+    draw(shape, *, generator) -> t, r and drop     or rng, key, seed for generator: what you name
+
+x, e: (8, 2, 2, 2); y: (8,) integers; draws: a named tuple of e, t, r and drop (kappa, low, high);
+t = 1 is noise. net(z, t, r, y) is partial(network, weights): the small network of README.md, in
+the same kind of arrays, so that gradients by its weights are checked, too. Keywords that the
+function does not name are not handed over, and settings that need them are not checked; nor are
+those for which it raises NotImplementedError.
+
+A loss returns its rows (B,), their mean, or a tuple or dict with one of them: `loss` is the loss,
+z, v, v_g, u, dudt, u_tgt and s are compared, too, and grad, {name of weight: array}, where NumPy
+has no gradient of its own. An adapter for a port of another signature, in a file beside it:
+
+    from myport import MeanFlowLoss  # forward(model, images, labels, noise, t, r) -> loss, mse
+
+    def loss(net, x, y, draws, *, null, p, c):
+        y = torch.where(draws.drop, null, y)
+        model = lambda z, t, h, y: net(z, t, t - h, y)  # theirs takes the duration h = t - r
+        return MeanFlowLoss(power=p, eps=c).forward(model, x, y, draws.e, draws.t, draws.r)
+"""
+
+import argparse
+import importlib
+import inspect
+import json
+import math
+import os
+import sys
+import traceback
+from functools import cache, partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+FOLDER = Path(__file__).resolve().parent
+sys.path.insert(0, str(FOLDER))
+
+import mistakes as known  # noqa: E402
+
+VECTORS = json.loads((FOLDER / "vectors.json").read_text())
+# An error is the largest difference of an array, in units of its largest number. A mistake is
+# recognised to TOLERANCE, or, where that is less than sums in another order make, to 1e-9.
+TOLERANCE = {"float64": 1e-12, "float32": 1e-4, "float16": 3e-2, "bfloat16": 3e-2}
+STEPS = {  # in the order of the algorithm
+    "loss": "z v v_g u dudt u_tgt s".split(),
+    "imf_loss": "z v v_class v_null v_g u v_head dudt V s".split(),
+    "sample": [],
+}
+DEFAULTS = {"omega": 1, "kappa": 0, "interval": [0, 1], "p": 1, "c": 0.01}
+MAIN = {"loss": "loss", "imf_loss": "loss", "sample": "x"}
+CALLS = {
+    "loss": "loss(net, x, y, draws, *, null, omega, kappa, interval, p, c)",
+    "imf_loss": "loss(net, x, y, draws, *, null, p, c)",
+    "sample": "sample(net, e, y, steps)",
+    "draw": "draw(shape, *, generator)",
+}
+WAY_OUT = "write an adapter as in the docstring of check.py"
+
+
+class Wrong(Exception):
+    """What the user must mend before anything can be compared."""
+
+
+class Draws(NamedTuple):
+    e: Any
+    t: Any
+    r: Any
+    drop: Any
+
+
+class ImfDraws(NamedTuple):
+    e: Any
+    t: Any
+    r: Any
+    drop: Any
+    kappa: Any
+    low: Any
+    high: Any
+
+
+# --- the user's function ---
+
+
+def load(spec):
+    """Return the function that package.module:function names. Raise Wrong."""
+    name, _, path = spec.partition(":")
+    sys.path.insert(0, os.getcwd())
+    try:
+        module = importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        found = "is not on the path" if error.name == name.split(".")[0] else f"needs {error.name}"
+        raise Wrong(f"module {name} {found}: run this in the folder where it lies") from None
+    except Exception as error:
+        raise Wrong(f"importing {name} raised {described(error)}") from None
+    function = module
+    for part in path.split("."):
+        function = getattr(function, part, None)
+    if not callable(function):
+        has = [k for k, v in vars(module).items() if callable(v) and not k.startswith("_")]
+        hint = f"{name} has {', '.join(has) or 'none'}: name one of them"
+        raise Wrong(f"{spec} is no function, {hint} as package.module:function")
+    return function
+
+
+def described(error):
+    """Return an error and where it was raised, in one line."""
+    text = " ".join(str(error).split())
+    frame = (traceback.extract_tb(error.__traceback__) or [None])[-1]
+    place = f" ({Path(frame.filename).name}, line {frame.lineno})" if frame else ""
+    return f"{type(error).__name__}: {text[:300]}{place}"
+
+
+def accepted(function, options):
+    """Return those options which the function names, or all if it takes any."""
+    try:
+        parameters = inspect.signature(function).parameters
+    except (TypeError, ValueError):  # compiled code has none
+        return options
+    if any(p.kind == p.VAR_KEYWORD for p in parameters.values()):
+        return options
+    return {name: value for name, value in options.items() if name in parameters}
+
+
+def check_signature(function, arguments, options, name):
+    """Raise Wrong if the function cannot be called so."""
+    try:
+        signature = inspect.signature(function)
+        signature.bind(*arguments, **options)
+    except TypeError as error:
+        theirs = f"{getattr(function, '__name__', 'your function')}{signature}"
+        raise Wrong(f"{theirs} cannot be called as {CALLS[name]}: {error}. {WAY_OUT}") from None
+    except ValueError:
+        pass
+
+
+def kinds():
+    """Return the kinds of arrays to try: of what the user's module has imported, then NumPy's."""
+    return [name for name in ("jax", "torch") if name in sys.modules] + ["numpy"]
+
+
+def kind_of(a):
+    """Return the library of an array or number, or None for anything else."""
+    name = type(a).__module__.split(".")[0]
+    name = "jax" if name == "jaxlib" else name
+    return "numpy" if isinstance(a, int | float) else name if hasattr(a, "dtype") else None
+
+
+def to_kind(kind, dtype, a):
+    """Return NumPy's array as one of this kind, its floating numbers in this dtype."""
+    a = a.astype(dtype) if a.dtype.kind == "f" else a
+    if kind == "jax":
+        sys.modules["jax"].config.update("jax_enable_x64", True)
+        return importlib.import_module("jax.numpy").asarray(a)
+    return sys.modules["torch"].tensor(a) if kind == "torch" else a
+
+
+def to_numpy(a):
+    """Return the array in float64, and the name of its own dtype."""
+    a = a.detach().cpu() if kind_of(a) == "torch" else a
+    name = str(getattr(a, "dtype", "float64")).removeprefix("torch.")
+    a = a.double() if name == "bfloat16" and kind_of(a) == "torch" else a
+    return np.asarray(a).astype(np.float64), name
+
+
+def tensors(name, kind, dtype):
+    """Return x, y, draws and weights for this loss or sampler."""
+    imf = name == "imf_loss"
+    given = {k: to_kind(kind, dtype, np.array(v)) for k, v in VECTORS["inputs"].items()}
+    w = VECTORS["imf_weights" if imf else "weights"]
+    w = {k: to_kind(kind, dtype, np.array(v)) for k, v in w.items()}
+    if kind == "torch" and name != "sample":
+        w = {k: p.requires_grad_() for k, p in w.items()}
+    draws = ImfDraws if imf else Draws
+    return given["x"], given["y"], draws(*(given[k] for k in draws._fields)), w
+
+
+def gradient(kind, rows, objective, w):
+    """Return the gradient of the mean of the loss by the weights, or None if there is none."""
+    if kind == "torch" and getattr(rows, "requires_grad", False):
+        torch = sys.modules["torch"]
+        grads = torch.autograd.grad(rows.mean(), [*w.values()], allow_unused=True)
+        return {k: torch.zeros_like(w[k]) if g is None else g for k, g in zip(w, grads)}
+    if kind == "jax":
+        return sys.modules["jax"].grad(lambda w: parts(objective(w))["loss"].mean())(w)
+
+
+def parts(out):
+    """Return what a loss returned as a dict with `loss`. Raise Wrong."""
+    if isinstance(out, tuple | list) and out:
+        more = next((part for part in out[1:] if isinstance(part, dict)), {})
+        out = {**more, "loss": out[0]}
+    out = out if isinstance(out, dict) else {"loss": out}
+    if kind_of(out.get("loss")) is None:
+        found = f"a dict of {', '.join(out)}" if "loss" not in out else type(out["loss"]).__name__
+        raise Wrong(f"it returned {found}: return the loss of each row (B,), or their mean")
+    return out
+
+
+def ask(function, name, setting, kind, dtype):
+    """Return what the function answers in this setting, {name: what it returned}."""
+    x, y, draws, w = tensors(name, kind, dtype)
+    if name == "sample":
+        steps = VECTORS[name][setting]["steps"]
+        return {"x": function(partial(known.network, w), draws.e, y, steps)}
+    net = known.imf_network if name == "imf_loss" else known.network
+    options = {"null": VECTORS["null"], **VECTORS[name][setting]["options"]}
+    options = accepted(function, options)
+
+    def objective(w):
+        return function(partial(net, w), x, y, draws, **options)
+
+    answer = parts(objective(w))
+    if "grad" not in answer:
+        answer["grad"] = gradient(kind, answer["loss"], objective, w)
+    return answer
+
+
+def possible(function, name, setting):
+    """Say whether the function takes the options in which this setting differs from the default."""
+    options = VECTORS[name][setting].get("options", {})
+    lacking = options.keys() - accepted(function, options).keys()
+    return all(options[k] == DEFAULTS[k] for k in lacking)
+
+
+def call(function, name):
+    """Return ask for this function in the kind of arrays that it takes. Raise Wrong."""
+    if name == "sample":
+        arguments, options = [None] * 3, {"steps": 1}
+    else:
+        options = ["null", "p", "c"] if name == "imf_loss" else ["null", *DEFAULTS]
+        arguments, options = [None] * 4, accepted(function, dict.fromkeys(options))
+    check_signature(function, arguments, options, name)
+    settings = [s for s in VECTORS[name] if possible(function, name, s)]
+    errors, second = [], None
+    for kind, dtype in [(k, d) for k in kinds() for d in ("float64", "float32")]:
+        for setting in settings:
+            try:
+                main = ask(function, name, setting, kind, dtype)[MAIN[name]]
+            except NotImplementedError:
+                continue
+            except Wrong:
+                raise
+            except Exception as error:
+                errors.append(error)
+                break
+            if kind_of(main) == kind:
+                return partial(ask, function, name, kind=kind, dtype=dtype), settings
+            second = second or partial(ask, function, name, kind=kind, dtype=dtype)
+            break
+    if second:
+        return second, settings
+    raised = described(errors[0]) if errors else "NotImplementedError in every setting"
+    raise Wrong(f"calling it as {CALLS[name]} raised {raised}. {WAY_OUT}")
+
+
+def read(answer, name, setting):
+    """Return the answer as {name: float64 array}, and the least precise dtype. Raise Wrong."""
+    right, found, dtypes = VECTORS[name][setting], {}, {"float64"}
+    grads = answer.get("grad") or {}
+    values = {k: answer[k] for k in [*STEPS[name], MAIN[name]] if answer.get(k) is not None}
+    values |= {f"grad of {k}": grads[k] for k in right.get("grad", {}) if k in grads}
+    for key, value in values.items():
+        if kind_of(value) is None and not isinstance(value, list):
+            raise Wrong(f"{key} is a {type(value).__name__} in the setting {setting!r}: no array")
+        value, dtype = to_numpy(np.array(value) if isinstance(value, list) else value)
+        dtypes.add(dtype)
+        want = np.shape(expected(right, key))
+        if key == "loss" and value.size == 1:
+            want = ()
+        if value.size != math.prod(want):
+            hint = ": of each row, or their mean; sum over all other axes" if key == "loss" else ""
+            raise Wrong(f"{key} has shape {value.shape}, where {want} is expected{hint}")
+        if not np.isfinite(value).all():
+            at = np.argwhere(~np.isfinite(value.reshape(want)))[0]
+            what = f"{key}{at.tolist() or ''} is {value.reshape(want)[tuple(at)]}"
+            raise Wrong(f"{what} in the setting {setting!r}: all times are within (0, 1)")
+        found[key] = value.reshape(want)
+    return found, max(dtypes, key=lambda d: TOLERANCE.get(d, 0))
+
+
+def expected(right, key):
+    """Return what vectors.json has under this key of `read`."""
+    return right["grad"][key.removeprefix("grad of ")] if key.startswith("grad") else right[key]
+
+
+def collect(spec, name):
+    """Return {setting: what was read}, the dtype and the settings left out. Raise Wrong."""
+    if spec.endswith(".json"):
+        file = json.loads(Path(spec).read_text())
+        ask, settings = file.__getitem__, [s for s in VECTORS[name] if s in file]
+    else:
+        ask, settings = call(load(spec), name)
+    found, dtypes = {}, {"float64"}
+    for setting in settings:
+        try:
+            found[setting], dtype = read(ask(setting=setting), name, setting)
+        except NotImplementedError:
+            continue
+        except Wrong:
+            raise
+        except Exception as error:
+            raise Wrong(f"in the setting {setting!r} it raised {described(error)}") from None
+        dtypes.add(dtype)
+    if not found:
+        raise Wrong(f"there is no answer: the settings are {', '.join(VECTORS[name])}")
+    setting = next(iter(found))
+    again = read(ask(setting=setting), name, setting)[0][MAIN[name]]
+    if not np.array_equal(again, found[setting][MAIN[name]]):
+        raise Wrong(
+            "two calls with the same arguments differ: it draws random numbers of its own. Take "
+            f"noise, times and dropped labels from the arguments: {CALLS[name]}; {WAY_OUT}"
+        )
+    dtype = max(dtypes, key=lambda d: TOLERANCE.get(d, 0))
+    return found, dtype, [s for s in VECTORS[name] if s not in found]
+
+
+# --- what is compared ---
+
+
+def error(a, b):
+    """Return the largest difference, in units of b's largest number."""
+    return float(np.abs(a - b).max() / (np.abs(b).max() or 1))
+
+
+def differences(found, name):
+    """Return {(setting, key): error}, by setting, each in the order of the algorithm."""
+    errors = {}
+    for setting, values in found.items():
+        for key, value in values.items():
+            right = np.array(expected(VECTORS[name][setting], key))
+            errors[setting, key] = error(value, right.mean() if value.ndim < right.ndim else right)
+    return errors
+
+
+# --- which mistakes explain it ---
+
+
+@cache
+def directions(name):
+    """Return two directions in the space of the weights, {name: (2, ...)}."""
+    random = np.random.default_rng(0)
+    w = VECTORS["imf_weights" if name == "imf_loss" else "weights"]
+    return {k: random.standard_normal((2, *np.shape(p))) for k, p in w.items()}
+
+
+@cache
+def known_inputs(name):
+    """Return weights, x, y and draws as mistakes.py takes them."""
+    given = {k: np.array(v) for k, v in VECTORS["inputs"].items()}
+    columns = [given[k].reshape(len(given["y"]), -1) for k in ImfDraws._fields]
+    w = VECTORS["imf_weights" if name == "imf_loss" else "weights"]
+    w = {k: np.array(p) for k, p in w.items()}
+    if name != "sample":
+        w = {k: p + 1j * known.STEP * directions(name)[k] for k, p in w.items()}
+    return w, given["x"].reshape(len(given["y"]), -1), given["y"], columns
+
+
+def predicted(variant, name, setting):
+    """Return what a variant of mistakes.py makes: x; or the loss of each row and derivatives."""
+    w, x, y, draws = known_inputs(name)
+    if name == "sample":
+        steps = VECTORS[name][setting]["steps"]
+        return variant(w, draws[0], y, null=VECTORS["null"], steps=steps), None
+    options = VECTORS[name][setting]["options"]
+    with np.errstate(all="ignore"):
+        rows = variant(w, x, y, draws, null=VECTORS["null"], **options)
+    return rows[0].real, rows.mean(-1).imag / known.STEP
+
+
+def observed(values, name):
+    """Return what was read as `predicted` returns it; None for derivatives that are not there."""
+    if name == "sample":
+        return values["x"].reshape(len(values["x"]), -1), None
+    grads = [(values.get(f"grad of {k}"), d) for k, d in directions(name).items()]
+    if any(g is None for g, _ in grads):
+        return values["loss"], None
+    return values["loss"], sum((g * d).sum(tuple(range(1, d.ndim))) for g, d in grads)
+
+
+def agree(seen, made, tolerance):
+    """Say whether what was seen is what a variant makes."""
+    (main, slopes), (want, wanted) = seen, made
+    want = want if main.ndim else want.mean()
+    close = error(main, want) <= tolerance
+    return close and (slopes is None or error(slopes, wanted) <= tolerance)
+
+
+def explain(found, name, tolerance):
+    """Return the mistakes that make these numbers, [(Mistake, ...)]: single ones, or else pairs."""
+    seen = {setting: observed(values, name) for setting, values in found.items()}
+    # most mistakes show in the last setting, where all is together: ask it first
+    settings = list(seen)[::-1]
+    for count in (1, 2):
+        fitting = [
+            mistakes
+            for mistakes, variant in known.hypotheses(getattr(known, name), count)
+            if all(agree(seen[s], predicted(variant, name, s), tolerance) for s in settings)
+        ]
+        if fitting:
+            return fitting
+    return []
+
+
+def told(fitting):
+    """Return lines that name mistakes and their mends."""
+    lines = []
+    if len(fitting) > 1:
+        lines.append("one of these, whose numbers are the same here:")
+    for mistakes in fitting:
+        label = "known mistake" if len(mistakes) == 1 else "a pair of known mistakes"
+        lines.append(f"{label}: {' + '.join(m.name for m in mistakes)}")
+        lines += [f"    mend: {m.mend}" for m in mistakes]
+    return lines
+
+
+def compare(spec, name):
+    """Check a loss or a sampler: return whether it is right, and lines that say so."""
+    found, dtype, left = collect(spec, name)
+    errors, tolerance = differences(found, name), TOLERANCE[dtype]
+    most = max(errors.values())
+    notes = [f"not checked: {', '.join(left)}"] if left else []
+    grads = any("grad" in key for _, key in errors)
+    if name != "sample" and not grads:
+        notes.append("not checked: gradients, which alone show what is not detached")
+    what = {"loss": "Algorithm 1", "imf_loss": "iMF's loss", "sample": "the sampler"}[name]
+    where = f"{len(found)} settings, {dtype}"
+    if most <= tolerance:
+        return True, [f"equal to {what} to {most:.0e}: {summary(errors)}; {where}", *notes]
+    fitting = explain(found, name, max(tolerance, 1e-9))
+    if not fitting and most <= TOLERANCE["float32"] / 10:
+        notes.append(f"the numbers are {dtype}, but not so precise: is a part of it float32?")
+        return True, [f"equal to {what} to {most:.0e}: {summary(errors)}; {where}", *notes]
+    (setting, key), size = next(item for item in errors.items() if item[1] > tolerance)
+    right = [k for s, k in errors if s == setting and errors[s, k] <= tolerance]
+    line = f"differs from {what}: {key} is the first, by {size:.1g} in the setting {setting!r}"
+    line += f" (right: {', '.join(right)})" if right else ""
+    if not fitting:
+        hint = " Return a dict with intermediates to see the first to differ" * (name == "loss")
+        notes.insert(0, "no known mistake and no pair of them makes these numbers." + hint)
+    return False, [line, *told(fitting), *notes]
+
+
+def summary(errors):
+    """Return what was compared, in words."""
+    keys = dict.fromkeys("gradients" if "grad" in key else key for _, key in errors)
+    return ", ".join(keys)
+
+
+# --- draws ---
+
+
+BATCHES, BATCH = 200, 256
+RISK = 1e-6  # of calling a right drawer wrong, in each comparison
+
+
+def tolerance_of(*counts):
+    """Return what shares in so many rows may be off by chance (Dvoretzky, Kiefer, Wolfowitz)."""
+    return math.sqrt(math.log(2 / RISK) / 2 * sum(1 / max(n, 1) for n in counts))
+
+
+def drawn(function, seed):
+    """Return t, r and drop, or None for it, of one call. Raise Wrong."""
+    names = [*inspect.signature(function).parameters]
+    size = (BATCH, 1) if names[:1] == ["shape"] else BATCH
+    makers = {
+        "seed": lambda: seed,
+        "rng": lambda: np.random.default_rng(seed),
+        "key": lambda: importlib.import_module("jax").random.key(seed),
+        "generator": lambda: (
+            sys.modules["torch"].Generator().manual_seed(seed)
+            if "torch" in sys.modules
+            else np.random.default_rng(seed)
+        ),
+    }
+    options = {name: makers[name]() for name in names[1:] if name in makers}
+    check_signature(function, [size], options, "draw")
+    try:
+        out = function(size, **options)
+    except Exception as error:
+        raise Wrong(f"calling it as {CALLS['draw']} raised {described(error)}. {WAY_OUT}") from None
+    out = out._asdict() if hasattr(out, "_asdict") else out
+    if isinstance(out, tuple | list) and len(out) in (2, 3):
+        out = dict(zip(("t", "r", "drop"), out))
+    if not isinstance(out, dict) or not {"t", "r"} <= out.keys():
+        found = f"{type(out).__name__} of {', '.join(out)}" if isinstance(out, dict) else type(out)
+        raise Wrong(f"it returned {found}: return t, r and drop, as a tuple or a dict")
+    return [time_of(out, name) for name in ("t", "r", "drop")]
+
+
+def time_of(out, name):
+    """Return one of t, r and drop as an array (B,); None if it is not there. Raise Wrong."""
+    if out.get(name) is None:
+        return None
+    value = to_numpy(out[name])[0]
+    if value.size != BATCH:
+        raise Wrong(f"{name} has shape {value.shape}, where {(BATCH,)} is expected")
+    if not (np.isfinite(value).all() and 0 <= value.min() and value.max() <= 1):
+        bad = value[~((value >= 0) & (value <= 1))][0]
+        raise Wrong(f"{name} holds {bad}: times lie in [0, 1], and 1 is noise, 0 data")
+    return value.reshape(BATCH)
+
+
+def quantile_points():
+    return sorted({q for levels in VECTORS["draw"]["quantiles"].values() for q in levels})
+
+
+def distribution(values, rows):
+    """Return the shares of values up to each point, and how many different ones there are."""
+    values = values[rows]
+    points = quantile_points()
+    return (values[:, None] <= points).mean(0) if len(values) else None, len(np.unique(values))
+
+
+def statistics(batches):
+    """Return {name: (shares, count of what they are shares of)} of batches of t, r and drop."""
+    t, r, drop = ([b[k] for b in batches] for k in range(3))
+    t, r = np.array(t), np.array(r)
+    repeated = float((t[1:] == t[0]).all(1).mean())
+    same = float((t[:, 1:] == t[:, :1]).mean())
+    n = len(np.unique(t))
+    found = {
+        "batches like the first": (repeated, len(t)),
+        "rows with the time of the first": (same, t.size),
+        "r = t": (float((t == r).mean()), n),
+        "r < t": (float((r < t).mean()), n),
+        "r > t": (float((r > t).mean()), n),
+    }
+    for name, times, rows in (
+        ("t where r < t", t, r < t),
+        ("r where r < t", r, r < t),
+        ("t where r = t", t, r == t),
+        ("t where r > t", t, r > t),
+        ("r where r > t", r, r > t),
+    ):
+        found[name] = distribution(times, rows)
+    if drop[0] is not None:
+        drop = np.array(drop)
+        whole = float((drop == drop[:, :1]).all(1).mean())
+        few = len(drop) * (1 - repeated) + 1
+        found["dropped"] = float(drop.mean()), few * (1 if whole > 0.5 else BATCH)
+        found["batches with one label for all"] = whole, few
+    return {name: values for name, values in found.items() if values[0] is not None}
+
+
+def right_statistics():
+    """Return {name: shares} that draws must have, from vectors.json."""
+    draw = VECTORS["draw"]
+    right = {name: share for name, share in draw["shares"].items()}
+    right |= {"batches like the first": 0, "rows with the time of the first": 0}
+    right |= {"batches with one label for all": 0}
+    return right
+
+
+def draw_differences(found):
+    """Return [(error / tolerance, line)] of each statistic that vectors.json knows."""
+    right, draw = right_statistics(), VECTORS["draw"]
+    lines = []
+    for name, (shares, n) in found.items():
+        if name in right:
+            off = abs(shares - right[name])
+            lines.append((off / tolerance_of(n), f"{name}: {shares:.3f}, right is {right[name]}"))
+        elif name in draw["quantiles"]:
+            points = [quantile_points().index(q) for q in draw["quantiles"][name]]
+            off = np.abs(shares[points] - draw["levels"])
+            k = int(off.argmax())
+            text = f"{shares[points[k]]:.3f} of {name} lie up to {quantile_points()[points[k]]:.3f}"
+            lines.append((off[k] / tolerance_of(n), f"{text}, right is {draw['levels'][k]}"))
+    return lines
+
+
+@cache
+def draw_statistics(variant):
+    random = np.random.default_rng(1)
+    return statistics([variant(BATCH, random) for _ in range(BATCHES)])
+
+
+def draws_agree(a, b):
+    """Say whether two sets of statistics may be of the same drawer."""
+    names = a.keys() & b.keys()
+    seen = {k for k in a.keys() ^ b.keys() if "where" in k and (a | b)[k][1] > 20}
+    return not seen and all(
+        np.max(np.abs(np.subtract(a[k][0], b[k][0]))) <= tolerance_of(a[k][1], b[k][1])
+        for k in names
+    )
+
+
+def explain_draws(found):
+    """Return the mistakes that make such draws, [(Mistake, ...)]: single ones, or else pairs."""
+    for count in (1, 2):
+        sets = known.hypotheses(known.draw, count)
+        fitting = [m for m, variant in sets if draws_agree(found, draw_statistics(variant))]
+        if fitting:
+            return fitting
+    return []
+
+
+def compare_draws(spec):
+    """Check a drawer: return whether it is right, and lines that say so."""
+    function = load(spec)
+    found = statistics([drawn(function, seed) for seed in range(BATCHES)])
+    notes = [] if "dropped" in found else ["not checked: which labels are dropped"]
+    off = draw_differences(found)
+    rows = f"{BATCHES} batches of {BATCH} rows"
+    if max(size for size, _ in off) <= 1:
+        return True, [f"draws like the paper's: {', '.join(found)}, in {rows}", *notes]
+    fitting = explain_draws(found)
+    lines = [line for size, line in off if size > 1]
+    if not fitting:
+        notes.insert(0, "no known mistake and no pair of them makes such draws.")
+    return False, [f"other draws than the paper's, in {rows}", *lines, *told(fitting), *notes]
+
+
+def main(words=None):
+    first, *_ = __doc__.split("\n\n")
+    parser = argparse.ArgumentParser(description=first)
+    parser.add_argument("function", help="package.module:function, or a file of answers")
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--imf", action="store_true", help="a loss of improved MeanFlow")
+    what.add_argument("--sample", action="store_true", help="a sampler")
+    what.add_argument("--draw", action="store_true", help="a drawer of times")
+    args = parser.parse_args(words)
+    name = "imf_loss" if args.imf else "sample" if args.sample else "loss"
+    try:
+        run = compare_draws if args.draw else partial(compare, name=name)
+        right, lines = run(args.function)
+    except Wrong as wrong:
+        right, lines = False, [str(wrong)]
+    print("\n".join(lines))
+    return 0 if right else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
