@@ -368,6 +368,7 @@ def known_inputs(name):
     return w, given["x"].reshape(len(given["y"]), -1), given["y"], columns
 
 
+@cache
 def predicted(variant, name, setting):
     """Return what a variant of mistakes.py makes: x; or the loss of each row and derivatives."""
     w, x, y, draws = known_inputs(name)
@@ -426,37 +427,55 @@ def told(fitting):
     return lines
 
 
+def averaged(found):
+    """Return a loss summed over the batch, and its gradients, divided by the number of rows."""
+    batch = len(VECTORS["inputs"]["y"])
+    scaled = {s: {k for k in v if k == "loss" or "grad" in k} for s, v in found.items()}
+    return {s: v | {k: v[k] / batch for k in scaled[s]} for s, v in found.items()}
+
+
 def compare(spec, name):
     """Check a loss or a sampler: return whether it is right, and lines that say so."""
     found, dtype, left = collect(spec, name)
-    errors, tolerance = differences(found, name), TOLERANCE[dtype]
-    most = max(errors.values())
-    notes = [f"not checked: {', '.join(left)}"] if left else []
-    grads = any("grad" in key for _, key in errors)
-    if name != "sample" and not grads:
-        notes.append("not checked: gradients, which alone show what is not detached")
     what = {"loss": "Algorithm 1", "imf_loss": "iMF's loss", "sample": "the sampler"}[name]
-    where = f"{len(found)} settings, {dtype}"
-    if most <= tolerance:
-        return True, [f"equal to {what} to {most:.0e}: {summary(errors)}; {where}", *notes]
-    fitting = explain(found, name, max(tolerance, 1e-9))
-    if not fitting and most <= TOLERANCE["float32"] / 10:
+    where, tolerance = f"{len(found)} settings, {dtype}", TOLERANCE[dtype]
+    notes = [f"not checked: {', '.join(left)}"] if left else []
+    if name != "sample" and not any("grad" in key for v in found.values() for key in v):
+        notes.append("not checked: gradients, which alone show what is not detached")
+    readings = [(found, [])]
+    if all(values[MAIN[name]].ndim == 0 for values in found.values()):
+        readings.append((averaged(found), ["it is summed over the batch, here averaged"]))
+    for reading, how in readings:
+        errors = differences(reading, name)
+        if max(errors.values()) <= tolerance:
+            return True, [f"equal to {what} to {summary(errors)}; {where}", *how, *notes]
+    for reading, how in readings:
+        if fitting := explain(reading, name, max(tolerance, 1e-9)):
+            line = first_difference(differences(reading, name), what, tolerance)
+            return False, [line, *told(fitting), *how, *notes]
+    errors = differences(found, name)
+    if max(errors.values()) <= TOLERANCE["float32"] / 10:
         notes.append(f"the numbers are {dtype}, but not so precise: is a part of it float32?")
-        return True, [f"equal to {what} to {most:.0e}: {summary(errors)}; {where}", *notes]
+        return True, [f"equal to {what} to {summary(errors)}; {where}", *notes]
+    lines = [first_difference(errors, what, tolerance)]
+    lines.append("no known mistake and no pair of them makes these numbers")
+    if name != "sample" and not any(key in STEPS[name] for _, key in errors):
+        lines[-1] += f": return a dict with {', '.join(STEPS[name])} to see the first to differ"
+    return False, [*lines, *notes]
+
+
+def first_difference(errors, what, tolerance):
+    """Return a line that names the first array that differs, in the order of the algorithm."""
     (setting, key), size = next(item for item in errors.items() if item[1] > tolerance)
     right = [k for s, k in errors if s == setting and errors[s, k] <= tolerance]
     line = f"differs from {what}: {key} is the first, by {size:.1g} in the setting {setting!r}"
-    line += f" (right: {', '.join(right)})" if right else ""
-    if not fitting:
-        hint = " Return a dict with intermediates to see the first to differ" * (name == "loss")
-        notes.insert(0, "no known mistake and no pair of them makes these numbers." + hint)
-    return False, [line, *told(fitting), *notes]
+    return line + (f" ({', '.join(right)}: right)" if right else "")
 
 
 def summary(errors):
-    """Return what was compared, in words."""
+    """Return the largest error and what was compared."""
     keys = dict.fromkeys("gradients" if "grad" in key else key for _, key in errors)
-    return ", ".join(keys)
+    return f"{max(errors.values()):.0e}: {', '.join(keys)}"
 
 
 # --- draws ---

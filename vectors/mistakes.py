@@ -228,20 +228,22 @@ KNOWN = {
          [("sg(u_tgt)", "u_tgt")]),
         ("guidance keeps its graph", "evaluate v_class and v_null without gradient",
          [("sg(v_class), sg(v_null)", "v_class, v_null")]),
-        ("the null velocity where the class velocity belongs", "kappa multiplies u(z, t, t | y)",
+        ("the null velocity where the class velocity belongs, or kappa = 0",
+         "kappa multiplies u(z, t, t | y)",
          [("kappa * v_class", "kappa * v_null")]),
         ("the class velocity where the null velocity belongs",
          "1 - omega - kappa multiplies u(z, t, t | null)",
          [("- kappa) * v_null", "- kappa) * v_class")]),
         ("kappa's complement forgotten: 1 - omega", "the null velocity has 1 - omega - kappa",
-         [("(1 - omega - kappa)", "(1 - omega)")]),
+         [("(1 - omega - kappa) *", "(1 - omega) *")]),
         ("omega's complement forgotten: 1 - kappa", "the null velocity has 1 - omega - kappa",
-         [("(1 - omega - kappa)", "(1 - kappa)")]),
+         [("(1 - omega - kappa) *", "(1 - kappa) *")]),
         ("omega for kappa, and kappa for omega",
          "omega multiplies e - x, kappa the network's class velocity",
          [("    v_g = omega", "    omega, kappa = kappa, omega\n    v_g = omega")]),
-        ("kappa ignored", "v_g = omega v + kappa v_class + (1 - omega - kappa) v_null",
-         [("    v_g = omega", "    kappa = 0\n    v_g = omega")]),
+        ("kappa times the class velocity forgotten",
+         "v_g = omega v + kappa v_class + (1 - omega - kappa) v_null",
+         [(" + kappa * v_class", "")]),
         ("guidance ignored", "replace v by v_g where guidance acts",
          [("where(guided, v_g, v)", "v")]),
         ("the interval ignored", "guide only where interval[0] <= t <= interval[1]",
@@ -319,13 +321,13 @@ KNOWN = {
         ("the network is given t = 1 and r = 0 in every step", "hand the step's own times to net",
          [("t, r, label", "0 * t + 1, 0 * r, label")]),
         ("t = 1 for data in the network's times", "noise is t = 1: hand t and r as they are",
-         [("full(len(z), t), np.full(len(z), r)", "full(len(z), 1 - t), np.full(len(z), 1 - r)")]),
+         [("        start,", "        t, r = 1 - t, 1 - r\n        start,")]),
         ("time runs from 0 to 1", "from t = 1, noise, down to t = 0, data",
          [("    z = e\n", "    times = times[::-1]\n    z = e\n")]),
         ("t times 1000", "hand t in [0, 1] to the network as it is",
          [("    times =", '    w = w | {"t": 1000 * w["t"], "r": 1000 * w["r"]}\n    times =')]),
         ("a plus: z + (t - r) u", "z_r = z_t - (t - r) u", [("start - h", "start + h")]),
-        ("t - r forgotten", "z_r = z_t - (t - r) u", [("h = t - r", "h = 1")]),
+        ("t - r forgotten", "z_r = z_t - (t - r) u", [("h = t - r", "h = 0 * t + 1")]),
         ("t for t - r", "z_r = z_t - (t - r) u", [("h = t - r", "h = t")]),
         ("every step starts from the noise", "start from where the last step ended",
          [("start, seen = z, z", "start, seen = e, e")]),
@@ -410,6 +412,7 @@ def compiled(function, text):
     return names[function.__name__]
 
 
+@cache
 def hypotheses(function, count):
     """Return all sets of so many mistakes that can be made at once, with the variant of each."""
     sets = ((m, variant(function, *m)) for m in combinations(KNOWN[function.__name__], count))
