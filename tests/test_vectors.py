@@ -4,19 +4,13 @@ Mistakes are those of vectors/mistakes.py, put into copies of meanflow.py and im
 lines of these into the form that the edits of mistakes.py know, EDITS holds what is left.
 """
 
-import importlib
 import json
-import subprocess
 import sys
 import types
-from collections import Counter
-from functools import cache, partial
-from itertools import combinations
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
 ROOT = Path(__file__).parent.parent
 sys.path.append(str(ROOT / "vectors"))
@@ -80,7 +74,8 @@ SPLIT = {  # what is computed stays the same
         ("    for t, r in pairwise(z.new_tensor(times).expand(len(e), -1).unbind(1)):\n"
          "        z = z - append_dims(t - r, z) * evaluate(net, z.to(e.dtype), t, r, y)\n",
          "    label = y\n    count = len(times) - 1\n"
-         "    every = z.new_tensor(times).expand(len(e), -1)\n    for t, r in [*pairwise(every.unbind(1))][:count]:\n        h = t - r\n"
+         "    every = z.new_tensor(times).expand(len(e), -1)\n"
+         "    for t, r in [*pairwise(every.unbind(1))][:count]:\n        h = t - r\n"
          "        start, seen = z, z\n"
          "        z = start - append_dims(h, z) * evaluate(net, seen, t, r, label)\n"),
     ],
@@ -159,7 +154,8 @@ EDITS = {  # of meanflow.py and imf.py, where the text is not that of mistakes.p
             [("= at_all_times(kappa)", "= Guidance(kappa, low, high)")],
         "the class velocity is told kappa outside of the interval":
             [("= at_all_times(kappa)", "= at_all_times(row)")],
-        "guidance keeps its graph": [("with torch.no_grad():", "if True:")],
+        "guidance is not detached":
+            [("with torch.no_grad():", "if True:"), ("u_tgt.detach()", "u_tgt")],
         "guidance ignored": [("v + append_dims(kappa", "v + 0 * append_dims(kappa")],
         "guidance of scale omega": [("v + append_dims(kappa,", "v + append_dims(1 / (1 - kappa),")],
         "the interval ignored":
@@ -249,3 +245,218 @@ def copy(name, *mistakes):
         sys.modules["meanflow"] = types.SimpleNamespace(**names)  # which imf.py imports from
     sys.modules["meanflow"] = original
     return names
+
+
+def port(monkeypatch, **functions):
+    """Put functions into a module `port`, as check.py finds it."""
+    monkeypatch.setitem(sys.modules, "port", types.SimpleNamespace(**functions))
+
+
+def check_port(monkeypatch, function, *flags):
+    """Return whether check.py says that the function is right, and the lines it prints."""
+    port(monkeypatch, function=function)
+    name = {"--imf": "imf_loss", "--sample": "sample"}.get(*flags or [""], "loss")
+    try:
+        if flags == ("--draw",):
+            return check.compare_draws("port:function")
+        return check.compare("port:function", name)
+    except check.Wrong as wrong:
+        return False, [str(wrong)]
+
+
+# --- the numbers ---
+
+
+def test_the_file_is_what_the_code_gives():
+    path = ROOT / "vectors" / "vectors.json"
+    written = path.read_text()
+    assert path.stat().st_size < 200_000
+    assert make.text(json.loads(written)) + "\n" == written  # numbers survive the trip
+    now, then = json.loads(make.text(make.plain(make.build()))), json.loads(written)
+
+    def same(a, b):
+        if isinstance(b, dict):
+            assert [*a] == [*b]
+            for key in b:
+                same(a[key], b[key])
+        else:
+            np.testing.assert_allclose(np.array(a), np.array(b), rtol=1e-12, atol=1e-13)
+
+    same(now, then)
+
+
+def field(w, name, z, t, r, y, told=()):
+    """Return the network of vectors/README.md, row by row."""
+    rows = []
+    for k in range(len(z)):
+        a = z[k].ravel() @ w["z"] + t[k] * w["t"][0] + r[k] * w["r"][0] + w["y"][y[k]]
+        for key, value in zip(("kappa", "low", "high"), told):
+            a = a + value[k] * w[key][0]
+        h = (a + np.sqrt(a**2 + 4)) / 2
+        rows.append((h @ w[name] + w[f"{name}_bias"][0]).reshape(z[k].shape))
+    return np.stack(rows)
+
+
+def slope(f, h=2e-3):
+    """Return f'(0) by differences of fourth order."""
+    return (f(-2 * h) - 8 * f(-h) + 8 * f(h) - f(2 * h)) / (12 * h)
+
+
+def as_arrays(tree):
+    if isinstance(tree, dict):
+        return {name: as_arrays(value) for name, value in tree.items()}
+    return np.array(tree) if isinstance(tree, list) else tree
+
+
+VECTORS = as_arrays(check.VECTORS)
+GIVEN = VECTORS["inputs"]
+
+
+def column(a):
+    return a.reshape(-1, 1, 1, 1)
+
+
+def close(a, b, tolerance=1e-9):
+    np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance)
+
+
+def weighted(error, p, c):
+    """Return the weighted loss of each row as a function of the error, its weight held."""
+    weight = ((error**2).reshape(len(error), -1).sum(1) + c) ** p
+    return lambda error: (error**2).reshape(len(error), -1).sum(1) / weight
+
+
+def check_gradient(objective, w, right):
+    """Compare differences of the mean by each weight with the file."""
+    for name, p in w.items():
+        for index in np.ndindex(p.shape):
+
+            def moved(h):
+                q = p.copy()
+                q[index] += h
+                return objective(w | {name: q}).mean()
+
+            close(slope(moved), right[name][index], 1e-8)
+
+
+@pytest.mark.parametrize("setting", VECTORS["loss"])
+def test_differences_of_fourth_order_give_the_loss(setting):
+    """No forward mode, no torch: the equations alone."""
+    right, w, (x, e, y, t, r, drop) = VECTORS["loss"][setting], VECTORS["weights"], [
+        GIVEN[k] for k in ("x", "e", "y", "t", "r", "drop")
+    ]
+    omega, kappa, interval, p, c = (
+        right["options"][k] for k in ("omega", "kappa", "interval", "p", "c")
+    )
+    label, null = np.where(drop, 3, y), np.full_like(y, 3)
+    z, v, h = (1 - column(t)) * x + column(t) * e, e - x, column(t - r)
+    classes, nulls = field(w, "u", z, t, t, label), field(w, "u", z, t, t, null)
+    guided = column((interval[0] <= t) & (t <= interval[1]) & ~drop)
+    v_g = np.where(guided, omega * v + kappa * classes + (1 - omega - kappa) * nulls, v)
+    u = field(w, "u", z, t, r, label)
+    dudt = slope(lambda h: field(w, "u", z + h * v_g, t + h, r, label))
+    u_tgt = v_g - h * dudt
+    s = ((u - u_tgt) ** 2).sum((1, 2, 3))
+    found = dict(z=z, v=v, v_g=v_g, u=u, dudt=dudt, u_tgt=u_tgt, s=s, loss=s / (s + c) ** p)
+    for name, value in found.items():
+        close(value, right[name])
+    rows = weighted(u - u_tgt, p, c)
+    check_gradient(lambda w: rows(field(w, "u", z, t, r, label) - u_tgt), w, right["grad"])
+
+
+@pytest.mark.parametrize("setting", VECTORS["imf_loss"])
+def test_differences_of_fourth_order_give_imfs_loss(setting):
+    right, w, (x, e, y, t, r, drop, kappa, low, high) = (
+        VECTORS["imf_loss"][setting],
+        VECTORS["imf_weights"],
+        [GIVEN[k] for k in ("x", "e", "y", "t", "r", "drop", "kappa", "low", "high")],
+    )
+    p, c, label, null = *right["options"].values(), np.where(drop, 3, y), np.full_like(y, 3)
+    z, v, h = (1 - column(t)) * x + column(t) * e, e - x, column(t - r)
+    gated, told = np.where((low <= t) & (t <= high), kappa, 0), (kappa, low, high)
+    v_class = field(w, "v", z, t, t, y, (gated, 0 * t, 0 * t + 1))
+    v_null = field(w, "v", z, t, t, null, (0 * t, 0 * t, 0 * t + 1))
+    v_g = np.where(column(drop), v, v + column(gated) * (v_class - v_null))
+    u, v_head = (field(w, name, z, t, r, label, told) for name in "uv")
+    dudt = slope(lambda h: field(w, "u", z + h * v_class, t + h, r, label, told))
+    V = u + h * dudt
+    s = np.stack([((a - v_g) ** 2).sum((1, 2, 3)) for a in (V, v_head)], 1)
+    found = dict(z=z, v=v, v_class=v_class, v_null=v_null, v_g=v_g, u=u, v_head=v_head)
+    found |= dict(dudt=dudt, V=V, s=s, loss=(s / (s + c) ** p).sum(1))
+    for name, value in found.items():
+        close(value, right[name])
+    rows_u, rows_v = weighted(V - v_g, p, c), weighted(v_head - v_g, p, c)
+
+    def objective(w):
+        u, v_head = (field(w, name, z, t, r, label, told) for name in "uv")
+        return rows_u(u + h * dudt - v_g) + rows_v(v_head - v_g)
+
+    check_gradient(objective, w, right["grad"])
+
+
+@pytest.mark.parametrize("setting", VECTORS["sample"])
+def test_samples_are_steps_of_the_average_velocity(setting):
+    steps, z = VECTORS["sample"][setting]["steps"], GIVEN["e"]
+    times = np.linspace(1, 0, steps + 1) if isinstance(steps, int) else steps
+    for t, r in zip(times, times[1:]):
+        u = field(VECTORS["weights"], "u", z, np.full(8, t), np.full(8, r), GIVEN["y"])
+        z = z - (t - r) * u
+    close(z, VECTORS["sample"][setting]["x"], 1e-13)
+
+
+def test_the_loss_of_every_row_matters():
+    """Rows with r = t, dropped ones of both kinds, and times inside and outside of intervals."""
+    equal, drop, t = GIVEN["t"] == GIVEN["r"], GIVEN["drop"], GIVEN["t"]
+    assert 0 < (equal & drop).sum() and 0 < (~equal & drop).sum() and (GIVEN["r"] <= t).all()
+    for right in VECTORS["loss"].values():
+        low, high = right["options"]["interval"]
+        assert not np.isin(t, (low, high)).any()  # closed and open intervals are alike
+
+
+# --- the mistakes ---
+
+SINGLE = [(name, mistake) for name in known.KNOWN for mistake in known.KNOWN[name]]
+FLAGS = {"loss": (), "imf_loss": ("--imf",), "sample": ("--sample",), "draw": ("--draw",)}
+FUNCTIONS = {"loss": "loss", "imf_loss": "loss", "sample": "sample", "draw": "draw"}
+UNSEEN = "guidance keeps its graph"  # costs memory and time alone: the target is detached
+# The fast loss knows that where r = t the target is v: there, no factor of du/dt matters.
+FAST = {"t - r forgotten": "t - r forgotten, where r < t", "t for t - r": None}
+
+
+def named(lines):
+    """Return the sets of mistakes that lines of check.py name."""
+    found = [line.split(": ", 1)[1] for line in lines if line.startswith(("known mis", "a pair"))]
+    return [frozenset(line.split("; ")) for line in found]
+
+
+def ids(row):
+    return f"{row[0]}: {row[1].name}"
+
+
+@pytest.mark.parametrize("name, mistake", SINGLE, ids=map(ids, SINGLE))
+def test_a_mistake_is_named(monkeypatch, name, mistake):
+    right, lines = check_port(monkeypatch, copy(name, mistake)[FUNCTIONS[name]], *FLAGS[name])
+    if mistake.name == UNSEEN:
+        assert right
+        return
+    assert not right and named(lines) == [{mistake.name}], lines
+    assert f"    mend: {mistake.mend}" in lines
+
+
+@pytest.mark.parametrize("mistake", known.KNOWN["loss"], ids=lambda m: m.name)
+def test_a_mistake_of_the_fast_loss_is_named(monkeypatch, mistake):
+    right, lines = check_port(monkeypatch, copy("loss", mistake)["fast_loss"])
+    if mistake.name == UNSEEN:
+        assert right
+    elif name := FAST.get(mistake.name, mistake.name):
+        assert not right and named(lines) == [{name}], lines
+    else:
+        assert not right and "no known mistake and no pair of them" in lines[1]
+
+
+@pytest.mark.parametrize("name", known.KNOWN)
+def test_names_are_plain_and_each_stands_once(name):
+    names = [m.name for m in known.KNOWN[name]]
+    assert len({*names}) == len(names)
+    assert not [n for n in names if "; " in n or len(n) > 80]
+    assert EDITS[name].keys() <= {*names}

@@ -54,7 +54,8 @@ def decimals(generator, *shape, scale=1.0):
 def inputs():
     """Return all tensors that the losses take, {name: tensor}.
 
-    Rows 0 to 2 have r = t; two labels are dropped, one of a row with r = t and one of another.
+    Rows 0 to 2 have r = t. Labels are dropped in one of them and in two others, of which one has t
+    outside of all intervals.
     """
     g = torch.Generator().manual_seed(0)
     number = partial(torch.tensor, dtype=torch.float64)
@@ -64,7 +65,7 @@ def inputs():
         "y": torch.tensor([0, 1, 2, 0, 1, 2, 2, 1]),
         "t": number([0.62, 0.35, 0.91, 0.55, 0.78, 0.97, 0.41, 0.24]),
         "r": number([0.62, 0.35, 0.91, 0.12, 0.45, 0.33, 0.05, 0.19]),
-        "drop": torch.tensor([1, 0, 0, 1, 0, 0, 0, 0]).bool(),
+        "drop": torch.tensor([1, 0, 0, 1, 0, 1, 0, 0]).bool(),
         "kappa": number([0.5, 0.8, 0.3, 0.6, 0.75, 0.4, 0.85, 0.2]),
         "low": number([0.0, 0.0, 0.0, 0.3, 0.2, 0.1, 0.45, 0.05]),
         "high": number([1.0, 1.0, 1.0, 0.9, 0.95, 0.7, 0.8, 0.6]),

@@ -288,7 +288,7 @@ KNOWN = {
          [("at_all_times(gated)", "at_all_times(kappa)")]),
         ("the class velocity of dropped labels", "take that of the row's own class for the tangent",
          [("t, t, y,", "t, t, label,")]),
-        ("guidance keeps its graph", "evaluate v_class and v_null without gradient",
+        ("guidance is not detached", "evaluate v_class and v_null without gradient",
          [("sg(v_class), sg(v_null)", "v_class, v_null")]),
         ("guidance ignored", "v_g = v + kappa (v_class - v_null)",
          [("v + gated", "v + 0 * gated")]),
