@@ -299,8 +299,11 @@ def expected(right, key):
 def collect(spec, name):
     """Return {setting: what was read}, the dtype and the settings left out. Raise Wrong."""
     if spec.endswith(".json"):
-        file = json.loads(Path(spec).read_text())
-        ask, settings = file.__getitem__, [s for s in VECTORS[name] if s in file]
+        try:
+            file = json.loads(Path(spec).read_text())
+        except (OSError, ValueError) as error:
+            raise Wrong(f"{spec} is no file of JSON: {error}") from None
+        ask, settings = (lambda setting: file[setting]), [s for s in VECTORS[name] if s in file]
     else:
         ask, settings = call(load(spec), name)
     found, dtypes = {}, {"float64"}

@@ -192,6 +192,7 @@ COMMON = [  # of loss and imf_loss
     ("t - r forgotten, where r < t", "multiply du/dt by t - r",
      [("h = t - r", "h = 1.0 * (t > r)")]),
     ("t for t - r", "multiply du/dt by t - r", [("h = t - r", "h = t")]),
+    ("t for t - r, where r < t", "multiply du/dt by t - r", [("h = t - r", "h = t * (t > r)")]),
     ("t - r squared", "multiply du/dt by t - r once", [("h = t - r", "h = (t - r) ** 2")]),
     ("labels are not dropped", "hand the null label to net where drop is true",
      [("where(drop[:, 0], null, y)", "y")]),
