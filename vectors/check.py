@@ -13,7 +13,7 @@ Torch, JAX and NumPy are understood, told by what the function returns. It is ca
     sample(net, e, y, steps)                       steps: a number, or the decreasing times
     draw(shape, *, generator) -> t, r and drop     or rng, key, seed for generator: what you name
 
-x, e: (8, 2, 2, 2); y: (8,) integers; draws: a named tuple of e, t, r and drop (kappa, low, high);
+x, e: (7, 2, 2, 3); y: (7,) integers; draws: a named tuple of e, t, r and drop (kappa, low, high);
 t = 1 is noise. net(z, t, r, y) is partial(network, weights): the small network of README.md, in
 the same kind of arrays, so that gradients by its weights are checked, too. Keywords that the
 function does not name are not handed over, and settings that need them are not checked; nor are
@@ -512,7 +512,11 @@ def drawn(function, seed):
     if isinstance(out, tuple | list) and len(out) in (2, 3):
         out = dict(zip(("t", "r", "drop"), out))
     if not isinstance(out, dict) or not {"t", "r"} <= out.keys():
-        found = f"{type(out).__name__} of {', '.join(out)}" if isinstance(out, dict) else type(out)
+        found = (
+            f"{type(out).__name__} of {', '.join(out)}"
+            if isinstance(out, dict)
+            else type(out).__name__
+        )
         raise Wrong(f"it returned {found}: return t, r and drop, as a tuple or a dict")
     return [time_of(out, name) for name in ("t", "r", "drop")]
 
