@@ -403,7 +403,7 @@ def test_samples_are_steps_of_the_average_velocity(setting):
     steps, z = VECTORS["sample"][setting]["steps"], GIVEN["e"]
     times = np.linspace(1, 0, steps + 1) if isinstance(steps, int) else steps
     for t, r in zip(times, times[1:]):
-        u = field(VECTORS["weights"], "u", z, np.full(8, t), np.full(8, r), GIVEN["y"])
+        u = field(VECTORS["weights"], "u", z, np.full(len(z), t), np.full(len(z), r), GIVEN["y"])
         z = z - (t - r) * u
     close(z, VECTORS["sample"][setting]["x"], 1e-13)
 
@@ -637,7 +637,7 @@ def test_what_cannot_be_told_apart_is_listed(name):
 COPIES = [  # file, function, the setting in which most mistakes show, arguments
     ("loss", "loss", "all together", {}),
     ("loss", "fast_loss", "all together", {"equal": 0}),
-    ("imf_loss", "loss", "CIFAR-10's p and c", {}),
+    ("imf_loss", "loss", "p and c of CIFAR-10", {}),
     *(("sample", "sample", setting, {}) for setting in VECTORS["sample"]),
 ]
 
@@ -794,7 +794,7 @@ def test_options_that_a_port_lacks_are_left_out(monkeypatch):
         return rows(net, x, y, draws, null=null)
 
     right, (line, note) = check_port(monkeypatch, plain)
-    assert right and "1 settings" in line and note.startswith("not checked: no guidance, CIFAR")
+    assert right and "1 settings" in line and note.startswith("not checked: no guidance, p and c of CIFAR")
 
     def unguided(net, x, y, draws, *, null, omega, kappa, interval, p, c):
         if omega != 1 or kappa != 0:
@@ -814,7 +814,7 @@ def test_options_that_a_port_lacks_are_left_out(monkeypatch):
 
 
 def test_the_first_step_that_differs_is_named(monkeypatch):
-    for name, wrong in (("z", 1.1), ("v_g", 0.9), ("dudt", 2), ("s", 0.5)):
+    for name, wrong in (("z", 1.1), ("v_g", 0.9), ("dudt", 2), ("s", 0.7)):
 
         def port(*a, **k):
             out = steps(*a, **k)
@@ -845,17 +845,17 @@ def late(net, x, y, draws, *, kappa, **options):
 ERRORS = [
     (lambda net, images: 0, (), r"\(net, images\) cannot be called as loss\(net, x, y, draws, \*"),
     (lambda net, x, y, draws, *, time, **k: 0, (), "missing a required .*'time'.*an adapter"),
-    (lambda *a, **k: rows(*a, **k)[:3], (), r"loss has shape \(3,\), where \(8,\) is expected"),
+    (lambda *a, **k: rows(*a, **k)[:3], (), r"loss has shape \(3,\), where \(7,\) is expected"),
     (lambda *a, **k: a[1] + 0 * rows(*a, **k).mean(), (), "sum over all other axes"),
     (lambda *a, **k: rows(*a, **k) / 0 * 0, (), r"loss\[0\] is nan in the setting 'no guidance"),
     (lambda *a, **k: None, (), "it returned NoneType: return the loss of each row"),
     (lambda *a, **k: {"mse": rows(*a, **k)}, (), "it returned a dict of mse"),
-    (lambda *a, **k: {"loss": rows(*a, **k), "u": a[2]}, (), "u has shape .*8, 2, 2, 2"),
+    (lambda *a, **k: {"loss": rows(*a, **k), "u": a[2]}, (), "u has shape .*7, 2, 2, 3"),
     (noisy, (), "two calls .* differ: it draws random numbers of its own"),
     (broken, (), r"raised RuntimeError: shapes do not match \(test_vectors.py, line \d+\)"),
     (late, (), "in the setting 'omega and kappa' it raised AssertionError: kappa is not there"),
     (lambda net, e, y: e, ("--sample",), "cannot be called as sample"),
-    (lambda net, e, y, steps: e[:2], ("--sample",), "x has shape .*2, 2, 2, 2"),
+    (lambda net, e, y, steps: e[:2], ("--sample",), "x has shape .*7, 2, 2, 3"),
     (lambda shape: 1, ("--draw",), "it returned int: return t, r and drop"),
     (lambda n: (np.ones(n), np.ones(3)), ("--draw",), r"r has shape \(3,\), where \(256,\)"),
     (lambda n: (np.ones(n) * 1000, np.ones(n)), ("--draw",), r"t holds 1000.0: times lie in"),
@@ -947,7 +947,8 @@ def loss(net, x, y, draws, *, null, omega, kappa, interval, p, c):
     return s / jax.lax.stop_gradient((s + c) ** p), s
 '''
 WRONG = {  # in both
-    "a mean where the paper sums (the squared error)": (".sum(1)", ".mean(1)", ".sum((", ".mean(("),
+    "a mean where the paper sums (the squared error)": 
+        ("s = (error**2).sum(1)", "s, B = (error**2).mean(1), x.size", ".sum((", ".mean(("),
     "t = 1 for data: z = t x + (1 - t) e": ("(1 - t) * x + t * e", "t * x + (1 - t) * e",
         "(1 - wide(t)) * x + wide(t) * e", "wide(t) * x + (1 - wide(t)) * e"),
     "the tangent of r is 1": ('1 * w["t"])', '1 * w["t"] + 1 * w["r"])', "zeros_like", "ones_like"),
