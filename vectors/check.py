@@ -39,6 +39,7 @@ import math
 import os
 import sys
 import traceback
+from collections.abc import Callable
 from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -54,19 +55,7 @@ VECTORS = json.loads((FOLDER / "vectors.json").read_text())
 # An error is the largest difference of an array, in units of its largest number. A mistake is
 # recognised to TOLERANCE, or, where that is less than sums in another order make, to 1e-9.
 TOLERANCE = {"float64": 1e-12, "float32": 1e-4, "float16": 3e-2, "bfloat16": 3e-2}
-STEPS = {  # in the order of the algorithm
-    "loss": "z v v_g u dudt u_tgt s".split(),
-    "imf_loss": "z v v_class v_null v_g u v_head dudt V s".split(),
-    "sample": [],
-}
 DEFAULTS = {"omega": 1, "kappa": 0, "interval": [0, 1], "p": 1, "c": 0.01}
-MAIN = {"loss": "loss", "imf_loss": "loss", "sample": "x"}
-CALLS = {
-    "loss": "loss(net, x, y, draws, *, null, omega, kappa, interval, p, c)",
-    "imf_loss": "loss(net, x, y, draws, *, null, p, c)",
-    "sample": "sample(net, e, y, steps)",
-    "draw": "draw(shape, *, generator)",
-}
 WAY_OUT = "write an adapter as in the docstring of check.py"
 
 
@@ -89,6 +78,58 @@ class ImfDraws(NamedTuple):
     kappa: Any
     low: Any
     high: Any
+
+
+class Kind(NamedTuple):
+    """What is checked. One more loss is one more row of KINDS, of make.py and of mistakes.py."""
+
+    flag: str  # of the command line
+    title: str
+    call: str
+    main: str  # the result
+    steps: list  # before it, in the order of the algorithm
+    net: Callable
+    weights: str  # in vectors.json
+    draws: type
+    options: list  # keywords, beside null
+
+
+KINDS = {
+    "loss": Kind(
+        "",
+        "Algorithm 1",
+        "loss(net, x, y, draws, *, null, omega, kappa, interval, p, c)",
+        "loss",
+        "z v v_g u dudt u_tgt s".split(),
+        known.network,
+        "weights",
+        Draws,
+        [*DEFAULTS],
+    ),
+    "imf_loss": Kind(
+        "--imf",
+        "iMF's loss",
+        "loss(net, x, y, draws, *, null, p, c)",
+        "loss",
+        "z v v_class v_null v_g u v_head dudt V s".split(),
+        known.imf_network,
+        "imf_weights",
+        ImfDraws,
+        ["p", "c"],
+    ),
+    "sample": Kind(
+        "--sample",
+        "the sampler",
+        "sample(net, e, y, steps)",
+        "x",
+        [],
+        known.network,
+        "weights",
+        Draws,
+        [],
+    ),
+}
+DRAW_CALL = "draw(shape, *, generator)"
 
 
 # --- the user's function ---
@@ -134,66 +175,68 @@ def accepted(function, options):
     return {name: value for name, value in options.items() if name in parameters}
 
 
-def check_signature(function, arguments, options, name):
+def check_signature(function, arguments, options, call):
     """Raise Wrong if the function cannot be called so."""
     try:
         signature = inspect.signature(function)
         signature.bind(*arguments, **options)
     except TypeError as error:
         theirs = f"{getattr(function, '__name__', 'your function')}{signature}"
-        raise Wrong(f"{theirs} cannot be called as {CALLS[name]}: {error}. {WAY_OUT}") from None
+        raise Wrong(f"{theirs} cannot be called as {call}: {error}. {WAY_OUT}") from None
     except ValueError:
         pass
 
 
-def kinds():
-    """Return the kinds of arrays to try: of what the user's module has imported, then NumPy's."""
-    return [name for name in ("jax", "torch") if name in sys.modules] + ["numpy"]
+def libraries(function):
+    """Return those whose arrays to try: what the function's module names first, NumPy last."""
+    module = sys.modules.get(getattr(function, "__module__", None))
+    names = [getattr(value, "__name__", "") for value in vars(module or object).values()]
+    near = {str(name).split(".")[0] for name in names}
+    loaded = [name for name in ("jax", "torch") if name in sys.modules]
+    return [*sorted(loaded, key=lambda name: name not in near), "numpy"]
 
 
-def kind_of(a):
+def library_of(a):
     """Return the library of an array or number, or None for anything else."""
     name = type(a).__module__.split(".")[0]
     name = "jax" if name == "jaxlib" else name
     return "numpy" if isinstance(a, int | float) else name if hasattr(a, "dtype") else None
 
 
-def to_kind(kind, dtype, a):
-    """Return NumPy's array as one of this kind, its floating numbers in this dtype."""
+def to_library(library, dtype, a):
+    """Return NumPy's array as one of this library, its floating numbers in this dtype."""
     a = a.astype(dtype) if a.dtype.kind == "f" else a
-    if kind == "jax":
+    if library == "jax":
         sys.modules["jax"].config.update("jax_enable_x64", True)
         return importlib.import_module("jax.numpy").asarray(a)
-    return sys.modules["torch"].tensor(a) if kind == "torch" else a
+    return sys.modules["torch"].tensor(a) if library == "torch" else a
 
 
 def to_numpy(a):
     """Return the array in float64, and the name of its own dtype."""
-    a = a.detach().cpu() if kind_of(a) == "torch" else a
+    a = a.detach().cpu() if library_of(a) == "torch" else a
     name = str(getattr(a, "dtype", "float64")).removeprefix("torch.")
-    a = a.double() if name == "bfloat16" and kind_of(a) == "torch" else a
+    a = a.double() if name == "bfloat16" and library_of(a) == "torch" else a
     return np.asarray(a).astype(np.float64), name
 
 
-def tensors(name, kind, dtype):
+def tensors(name, library, dtype):
     """Return x, y, draws and weights for this loss or sampler."""
-    imf = name == "imf_loss"
-    given = {k: to_kind(kind, dtype, np.array(v)) for k, v in VECTORS["inputs"].items()}
-    w = VECTORS["imf_weights" if imf else "weights"]
-    w = {k: to_kind(kind, dtype, np.array(v)) for k, v in w.items()}
-    if kind == "torch" and name != "sample":
+    kind, to = KINDS[name], partial(to_library, library, dtype)
+    given = {k: to(np.array(v)) for k, v in VECTORS["inputs"].items()}
+    w = {k: to(np.array(v)) for k, v in VECTORS[kind.weights].items()}
+    if library == "torch" and name != "sample":
         w = {k: p.requires_grad_() for k, p in w.items()}
-    draws = ImfDraws if imf else Draws
-    return given["x"], given["y"], draws(*(given[k] for k in draws._fields)), w
+    return given["x"], given["y"], kind.draws(*(given[k] for k in kind.draws._fields)), w
 
 
-def gradient(kind, rows, objective, w):
+def gradient(library, rows, objective, w):
     """Return the gradient of the mean of the loss by the weights, or None if there is none."""
-    if kind == "torch" and getattr(rows, "requires_grad", False):
+    if library == "torch" and getattr(rows, "requires_grad", False):
         torch = sys.modules["torch"]
         grads = torch.autograd.grad(rows.mean(), [*w.values()], allow_unused=True)
         return {k: torch.zeros_like(w[k]) if g is None else g for k, g in zip(w, grads)}
-    if kind == "jax":
+    if library == "jax":
         return sys.modules["jax"].grad(lambda w: parts(objective(w))["loss"].mean())(w)
 
 
@@ -203,28 +246,27 @@ def parts(out):
         more = next((part for part in out[1:] if isinstance(part, dict)), {})
         out = {**more, "loss": out[0]}
     out = out if isinstance(out, dict) else {"loss": out}
-    if kind_of(out.get("loss")) is None:
+    if library_of(out.get("loss")) is None:
         found = f"a dict of {', '.join(out)}" if "loss" not in out else type(out["loss"]).__name__
         raise Wrong(f"it returned {found}: return the loss of each row (B,), or their mean")
     return out
 
 
-def ask(function, name, setting, kind, dtype):
+def ask(function, name, setting, library, dtype):
     """Return what the function answers in this setting, {name: what it returned}."""
-    x, y, draws, w = tensors(name, kind, dtype)
+    x, y, draws, w = tensors(name, library, dtype)
     if name == "sample":
         steps = VECTORS[name][setting]["steps"]
         return {"x": function(partial(known.network, w), draws.e, y, steps)}
-    net = known.imf_network if name == "imf_loss" else known.network
     options = {"null": VECTORS["null"], **VECTORS[name][setting]["options"]}
     options = accepted(function, options)
 
     def objective(w):
-        return function(partial(net, w), x, y, draws, **options)
+        return function(partial(KINDS[name].net, w), x, y, draws, **options)
 
     answer = parts(objective(w))
     if "grad" not in answer:
-        answer["grad"] = gradient(kind, answer["loss"], objective, w)
+        answer["grad"] = gradient(library, answer["loss"], objective, w)
     return answer
 
 
@@ -236,59 +278,74 @@ def possible(function, name, setting):
 
 
 def call(function, name):
-    """Return ask for this function in the kind of arrays that it takes. Raise Wrong."""
+    """Return ask for this function with the arrays that it takes, and its settings. Raise Wrong."""
+    kind = KINDS[name]
     if name == "sample":
-        arguments, options = [None] * 3, {"steps": 1}
+        check_signature(function, [None] * 4, {}, kind.call)
     else:
-        options = ["null", "p", "c"] if name == "imf_loss" else ["null", *DEFAULTS]
-        arguments, options = [None] * 4, accepted(function, dict.fromkeys(options))
-    check_signature(function, arguments, options, name)
+        options = accepted(function, dict.fromkeys(["null", *kind.options]))
+        check_signature(function, [None] * 4, options, kind.call)
     settings = [s for s in VECTORS[name] if possible(function, name, s)]
-    errors, second = [], None
-    for kind, dtype in [(k, d) for k in kinds() for d in ("float64", "float32")]:
-        for setting in settings:
+    errors, others = [], []
+    for library in libraries(function):
+        for dtype in ("float64", "float32"):
+            asked = partial(ask, function, name, library=library, dtype=dtype)
             try:
-                main = ask(function, name, setting, kind, dtype)[MAIN[name]]
-            except NotImplementedError:
-                continue
+                main = first_answer(asked, settings)[kind.main]
             except Wrong:
                 raise
             except Exception as error:
                 errors.append(error)
-                break
-            if kind_of(main) == kind:
-                return partial(ask, function, name, kind=kind, dtype=dtype), settings
-            second = second or partial(ask, function, name, kind=kind, dtype=dtype)
-            break
-    if second:
-        return second, settings
-    raised = described(errors[0]) if errors else "NotImplementedError in every setting"
-    raise Wrong(f"calling it as {CALLS[name]} raised {raised}. {WAY_OUT}")
+                continue
+            if library_of(main) == library:
+                return asked, settings
+            others.append(asked)
+    if others:
+        return others[0], settings
+    raise Wrong(f"calling it as {kind.call} raised {described(errors[0])}. {WAY_OUT}")
+
+
+def first_answer(ask, settings):
+    """Return the answer in the first setting that is implemented."""
+    for setting in settings[:-1]:
+        try:
+            return ask(setting=setting)
+        except NotImplementedError:
+            continue
+    return ask(setting=settings[-1])
 
 
 def read(answer, name, setting):
     """Return the answer as {name: float64 array}, and the least precise dtype. Raise Wrong."""
     right, found, dtypes = VECTORS[name][setting], {}, {"float64"}
     grads = answer.get("grad") or {}
-    values = {k: answer[k] for k in [*STEPS[name], MAIN[name]] if answer.get(k) is not None}
-    values |= {f"grad of {k}": grads[k] for k in right.get("grad", {}) if k in grads}
+    if grads and (lacking := right["grad"].keys() - grads.keys()):
+        raise Wrong(f"grad has no {', '.join(sorted(lacking))}: give the gradient by all weights")
+    values = {k: answer.get(k) for k in [*KINDS[name].steps, KINDS[name].main]}
+    values |= {f"grad of {k}": g for k, g in grads.items() if k in right["grad"]}
     for key, value in values.items():
-        if kind_of(value) is None and not isinstance(value, list):
-            raise Wrong(f"{key} is a {type(value).__name__} in the setting {setting!r}: no array")
-        value, dtype = to_numpy(np.array(value) if isinstance(value, list) else value)
-        dtypes.add(dtype)
-        want = np.shape(expected(right, key))
-        if key == "loss" and value.size == 1:
-            want = ()
-        if value.size != math.prod(want):
-            hint = ": of each row, or their mean; sum over all other axes" if key == "loss" else ""
-            raise Wrong(f"{key} has shape {value.shape}, where {want} is expected{hint}")
-        if not np.isfinite(value).all():
-            at = np.argwhere(~np.isfinite(value.reshape(want)))[0]
-            what = f"{key}{at.tolist() or ''} is {value.reshape(want)[tuple(at)]}"
-            raise Wrong(f"{what} in the setting {setting!r}: all times are within (0, 1)")
-        found[key] = value.reshape(want)
+        if value is not None:
+            found[key], dtype = read_array(value, key, np.shape(expected(right, key)), setting)
+            dtypes.add(dtype)
     return found, max(dtypes, key=lambda d: TOLERANCE.get(d, 0))
+
+
+def read_array(value, key, shape, setting):
+    """Return it as a float64 array of this shape, and its own dtype. Raise Wrong."""
+    value = np.array(value) if isinstance(value, list) else value
+    if library_of(value) is None:
+        raise Wrong(f"{key} is a {type(value).__name__} in the setting {setting!r}: no array")
+    value, dtype = to_numpy(value)
+    shape = () if key == "loss" and value.size == 1 else shape
+    if value.size != math.prod(shape):
+        hint = ": of each row, or their mean; sum over all other axes" if key == "loss" else ""
+        raise Wrong(f"{key} has shape {value.shape}, where {shape} is expected{hint}")
+    value = value.reshape(shape)
+    if not np.isfinite(value).all():
+        at = tuple(np.argwhere(~np.isfinite(value))[0].tolist())
+        what = f"{key}{[*at] or ''} is {value[at]}"
+        raise Wrong(f"{what} in the setting {setting!r}, where all times are between 0 and 1")
+    return value, dtype
 
 
 def expected(right, key):
@@ -320,12 +377,9 @@ def collect(spec, name):
     if not found:
         raise Wrong(f"there is no answer: the settings are {', '.join(VECTORS[name])}")
     setting = next(iter(found))
-    again = read(ask(setting=setting), name, setting)[0][MAIN[name]]
-    if not np.array_equal(again, found[setting][MAIN[name]]):
-        raise Wrong(
-            "two calls with the same arguments differ: it draws random numbers of its own. Take "
-            f"noise, times and dropped labels from the arguments: {CALLS[name]}; {WAY_OUT}"
-        )
+    main, way_out = KINDS[name].main, f"take all from {KINDS[name].call}; {WAY_OUT}"
+    if not np.array_equal(read(ask(setting=setting), name, setting)[0][main], found[setting][main]):
+        raise Wrong(f"two calls differ: it draws noise, times or labels of its own; {way_out}")
     dtype = max(dtypes, key=lambda d: TOLERANCE.get(d, 0))
     return found, dtype, [s for s in VECTORS[name] if s not in found]
 
@@ -355,7 +409,7 @@ def differences(found, name):
 def directions(name):
     """Return two directions in the space of the weights, {name: (2, ...)}."""
     random = np.random.default_rng(0)
-    w = VECTORS["imf_weights" if name == "imf_loss" else "weights"]
+    w = VECTORS[KINDS[name].weights]
     return {k: random.standard_normal((2, *np.shape(p))) for k, p in w.items()}
 
 
@@ -364,8 +418,7 @@ def known_inputs(name):
     """Return weights, x, y and draws as mistakes.py takes them."""
     given = {k: np.array(v) for k, v in VECTORS["inputs"].items()}
     columns = [given[k].reshape(len(given["y"]), -1) for k in ImfDraws._fields]
-    w = VECTORS["imf_weights" if name == "imf_loss" else "weights"]
-    w = {k: np.array(p) for k, p in w.items()}
+    w = {k: np.array(p) for k, p in VECTORS[KINDS[name].weights].items()}
     if name != "sample":
         w = {k: p + 1j * known.STEP * directions(name)[k] for k, p in w.items()}
     return w, given["x"].reshape(len(given["y"]), -1), given["y"], columns
@@ -440,13 +493,13 @@ def averaged(found):
 def compare(spec, name):
     """Check a loss or a sampler: return whether it is right, and lines that say so."""
     found, dtype, left = collect(spec, name)
-    what = {"loss": "Algorithm 1", "imf_loss": "iMF's loss", "sample": "the sampler"}[name]
+    kind, what = KINDS[name], KINDS[name].title
     where, tolerance = f"{len(found)} settings, {dtype}", TOLERANCE[dtype]
     notes = [f"not checked: {', '.join(left)}"] if left else []
     if name != "sample" and not any("grad" in key for v in found.values() for key in v):
         notes.append("not checked: gradients, which alone show what is not detached")
     readings = [(found, [])]
-    if all(values[MAIN[name]].ndim == 0 for values in found.values()):
+    if all(values[kind.main].ndim == 0 for values in found.values()):
         readings.append((averaged(found), ["it is summed over the batch, here averaged"]))
     for reading, how in readings:
         errors = differences(reading, name)
@@ -462,8 +515,8 @@ def compare(spec, name):
         return True, [f"equal to {what} to {summary(errors)}; {where}", *notes]
     lines = [first_difference(errors, what, tolerance)]
     lines.append("no known mistake and no pair of them makes these numbers")
-    if name != "sample" and not any(key in STEPS[name] for _, key in errors):
-        lines[-1] += f": return a dict with {', '.join(STEPS[name])} to see the first to differ"
+    if name != "sample" and not any(key in kind.steps for _, key in errors):
+        lines[-1] += f": return a dict with {', '.join(kind.steps)} to see the first to differ"
     return False, [*lines, *notes]
 
 
@@ -478,7 +531,7 @@ def first_difference(errors, what, tolerance):
 def summary(errors):
     """Return the largest error and what was compared."""
     keys = dict.fromkeys("gradients" if "grad" in key else key for _, key in errors)
-    return f"{max(errors.values()):.0e}: {', '.join(keys)}"
+    return f"{max(1e-16, *errors.values()):.0e}: {', '.join(keys)}"
 
 
 # --- draws ---
@@ -503,11 +556,11 @@ def drawn(function, seed):
         ),
     }
     options = {name: makers[name]() for name in names[1:] if name in makers}
-    check_signature(function, [size], options, "draw")
+    check_signature(function, [size], options, DRAW_CALL)
     try:
         out = function(size, **options)
     except Exception as error:
-        raise Wrong(f"calling it as {CALLS['draw']} raised {described(error)}. {WAY_OUT}") from None
+        raise Wrong(f"calling it as {DRAW_CALL} raised {described(error)}. {WAY_OUT}") from None
     out = out._asdict() if hasattr(out, "_asdict") else out
     if isinstance(out, tuple | list) and len(out) in (2, 3):
         out = dict(zip(("t", "r", "drop"), out))
@@ -649,13 +702,14 @@ def main(words=None):
     parser = argparse.ArgumentParser(description=first)
     parser.add_argument("function", help="package.module:function, or a file of answers")
     what = parser.add_mutually_exclusive_group()
-    what.add_argument("--imf", action="store_true", help="a loss of improved MeanFlow")
-    what.add_argument("--sample", action="store_true", help="a sampler")
-    what.add_argument("--draw", action="store_true", help="a drawer of times")
+    for name, kind in KINDS.items():
+        if kind.flag:
+            what.add_argument(kind.flag, dest="name", action="store_const", const=name)
+    what.add_argument("--draw", dest="name", action="store_const", const="draw")
     args = parser.parse_args(words)
-    name = "imf_loss" if args.imf else "sample" if args.sample else "loss"
+    name = args.name or "loss"
     try:
-        run = compare_draws if args.draw else partial(compare, name=name)
+        run = compare_draws if name == "draw" else partial(compare, name=name)
         right, lines = run(args.function)
     except Wrong as wrong:
         right, lines = False, [str(wrong)]
