@@ -804,10 +804,15 @@ def test_options_that_a_port_lacks_are_left_out(monkeypatch):
     right, (line, note) = check_port(monkeypatch, unguided)
     assert right and "2 settings" in line and "all together" in note
 
-    def whole_steps(net, e, y, steps):
-        if not isinstance(steps, int):
-            raise NotImplementedError
-        return copy("sample")["sample"](net, e, y, steps)
+    class Module(torch.nn.Module):
+        def forward(self, net, x, y, draws, null):
+            return rows(net, x, y, draws, null=null)
+
+    right, (line, note) = check_port(monkeypatch, Module())
+    assert right and "1 settings" in line
+
+    def whole_steps(net, e, y, number):
+        return copy("sample")["sample"](net, e, y, [1 - i / number for i in range(number + 1)])
 
     right, (line, note) = check_port(monkeypatch, whole_steps, "--sample")
     assert right and note == "not checked: uneven times"

@@ -167,7 +167,8 @@ def described(error):
 def accepted(function, options):
     """Return those options which the function names, or all if it takes any."""
     try:
-        parameters = inspect.signature(function).parameters
+        # a module's own signature takes anything
+        parameters = inspect.signature(getattr(function, "forward", function)).parameters
     except (TypeError, ValueError):  # compiled code has none
         return options
     if any(p.kind == p.VAR_KEYWORD for p in parameters.values()):
@@ -182,7 +183,7 @@ def check_signature(function, arguments, options, call):
         signature.bind(*arguments, **options)
     except TypeError as error:
         theirs = f"{getattr(function, '__name__', 'your function')}{signature}"
-        raise Wrong(f"{theirs} cannot be called as {call}: {error}. {WAY_OUT}") from None
+        raise Wrong(f"{theirs} cannot be called as {call}: {error}; {WAY_OUT}") from None
     except ValueError:
         pass
 
@@ -302,7 +303,7 @@ def call(function, name):
             others.append(asked)
     if others:
         return others[0], settings
-    raise Wrong(f"calling it as {kind.call} raised {described(errors[0])}. {WAY_OUT}")
+    raise Wrong(f"calling it as {kind.call} raised {described(errors[0])}; {WAY_OUT}")
 
 
 def first_answer(ask, settings):
@@ -372,6 +373,8 @@ def collect(spec, name):
         except Wrong:
             raise
         except Exception as error:
+            if name == "sample" and found and isinstance(VECTORS[name][setting]["steps"], list):
+                continue  # it takes no times
             raise Wrong(f"in the setting {setting!r} it raised {described(error)}") from None
         dtypes.add(dtype)
     if not found:
@@ -560,7 +563,7 @@ def drawn(function, seed):
     try:
         out = function(size, **options)
     except Exception as error:
-        raise Wrong(f"calling it as {DRAW_CALL} raised {described(error)}. {WAY_OUT}") from None
+        raise Wrong(f"calling it as {DRAW_CALL} raised {described(error)}; {WAY_OUT}") from None
     out = out._asdict() if hasattr(out, "_asdict") else out
     if isinstance(out, tuple | list) and len(out) in (2, 3):
         out = dict(zip(("t", "r", "drop"), out))
@@ -704,8 +707,10 @@ def main(words=None):
     what = parser.add_mutually_exclusive_group()
     for name, kind in KINDS.items():
         if kind.flag:
-            what.add_argument(kind.flag, dest="name", action="store_const", const=name)
-    what.add_argument("--draw", dest="name", action="store_const", const="draw")
+            help = f"called as {kind.call}"
+            what.add_argument(kind.flag, dest="name", action="store_const", const=name, help=help)
+    help = f"called as {DRAW_CALL}"
+    what.add_argument("--draw", dest="name", action="store_const", const="draw", help=help)
     args = parser.parse_args(words)
     name = args.name or "loss"
     try:
