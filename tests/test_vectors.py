@@ -346,9 +346,11 @@ def check_gradient(objective, w, right):
 @pytest.mark.parametrize("setting", VECTORS["loss"])
 def test_differences_of_fourth_order_give_the_loss(setting):
     """No forward mode, no torch: the equations alone."""
-    right, w, (x, e, y, t, r, drop) = VECTORS["loss"][setting], VECTORS["weights"], [
-        GIVEN[k] for k in ("x", "e", "y", "t", "r", "drop")
-    ]
+    right, w, (x, e, y, t, r, drop) = (
+        VECTORS["loss"][setting],
+        VECTORS["weights"],
+        [GIVEN[k] for k in ("x", "e", "y", "t", "r", "drop")],
+    )
     omega, kappa, interval, p, c = (
         right["options"][k] for k in ("omega", "kappa", "interval", "p", "c")
     )
@@ -661,9 +663,7 @@ def test_pairs_are_named(monkeypatch, name):
     alike = {s: group for group in listed(name) for s in group}
     for mistakes, _ in known.hypotheses(getattr(known, name), 2)[::23]:
         pair = frozenset(m.name for m in mistakes)
-        right, lines = check_port(
-            monkeypatch, copy(name, *mistakes)[FUNCTIONS[name]], *FLAGS[name]
-        )
+        right, lines = check_port(monkeypatch, copy(name, *mistakes)[FUNCTIONS[name]], *FLAGS[name])
         assert not right and {*named(lines)} <= alike.get(pair, {pair}) and named(lines), lines
 
 
@@ -794,7 +794,8 @@ def test_options_that_a_port_lacks_are_left_out(monkeypatch):
         return rows(net, x, y, draws, null=null)
 
     right, (line, note) = check_port(monkeypatch, plain)
-    assert right and "1 settings" in line and note.startswith("not checked: no guidance, p and c of CIFAR")
+    assert right and "1 settings" in line
+    assert note.startswith("not checked: no guidance, p and c of CIFAR-10, omega, ")
 
     def unguided(net, x, y, draws, *, null, omega, kappa, interval, p, c):
         if omega != 1 or kappa != 0:
@@ -879,6 +880,7 @@ def test_a_users_error_gets_one_line(monkeypatch, function, flags, line):
     "spec, line",
     [
         ("nowhere:loss", "module nowhere is not on the path"),
+        ("a/nowhere.py:loss", "module a.nowhere is not on the path"),
         ("meanflow:los", "meanflow:los is no function, meanflow has .*fast_loss.*: name one"),
         ("meanflow", "meanflow is no function"),
         ("nowhere.json", "nowhere.json is no file of JSON"),
@@ -898,7 +900,7 @@ def test_what_is_not_found_is_named(monkeypatch, tmp_path, capsys, spec, line):
 
 # --- ports of others ---
 
-NUMPY = '''
+NUMPY = """
 import numpy as np
 
 
@@ -930,8 +932,8 @@ def loss(net, x, y, draws, *, null, omega, kappa, interval, p, c):
     back = g @ w["u"].T * slope
     grad = {"z": z.T @ back, "t": t.T @ back, "r": r.T @ back, "y": np.eye(4)[y].T @ back}
     return {"loss": s / weight, "grad": grad | {"u": act(a).T @ g, "u_bias": g.sum(0)[None]}}
-'''
-JAX = '''
+"""
+JAX = """
 import jax
 import jax.numpy as jnp
 
@@ -950,7 +952,7 @@ def loss(net, x, y, draws, *, null, omega, kappa, interval, p, c):
     u_tgt = jax.lax.stop_gradient(v_g - wide(t - r) * dudt)
     s = ((u - u_tgt) ** 2).sum((1, 2, 3))
     return s / jax.lax.stop_gradient((s + c) ** p), s
-'''
+"""
 WRONG = {  # in both
     "a mean where the paper sums (the squared error)": 
         ("s = (error**2).sum(1)", "s, B = (error**2).mean(1), x.size", ".sum((", ".mean(("),

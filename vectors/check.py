@@ -138,6 +138,7 @@ DRAW_CALL = "draw(shape, *, generator)"
 def load(spec):
     """Return the function that package.module:function names. Raise Wrong."""
     name, _, path = spec.partition(":")
+    name = name.removesuffix(".py").replace("/", ".")
     sys.path.insert(0, os.getcwd())
     try:
         module = importlib.import_module(name)

@@ -55,7 +55,7 @@ def inputs():
     """Return all tensors that the losses take, {name: tensor}.
 
     Rows 0 to 2 have r = t. Labels are dropped in one of them and in two others, of which one has t
-    outside of all intervals.
+    outside of all intervals but [0, 1].
     """
     g = torch.Generator().manual_seed(0)
     number = partial(torch.tensor, dtype=torch.float64)
