@@ -857,6 +857,7 @@ ERRORS = [
     (lambda *a, **k: None, (), "it returned NoneType: return the loss of each row"),
     (lambda *a, **k: {"mse": rows(*a, **k)}, (), "it returned a dict of mse"),
     (lambda *a, **k: {"loss": rows(*a, **k), "u": a[2]}, (), "u has shape .*7, 2, 2, 3"),
+    (lambda *a, **k: rows(*a, **k).detach(), (), "the loss has no graph, it would train nothing"),
     (noisy, (), "two calls differ: it draws noise, times or labels"),
     (broken, (), r"raised RuntimeError: shapes do not match \(test_vectors.py, line \d+\)"),
     (late, (), "in the setting 'omega and kappa' it raised AssertionError: kappa is not there"),

@@ -233,8 +233,10 @@ def tensors(name, library, dtype):
 
 
 def gradient(library, rows, objective, w):
-    """Return the gradient of the mean of the loss by the weights, or None if there is none."""
-    if library == "torch" and getattr(rows, "requires_grad", False):
+    """Return the gradient of the mean of the loss by the weights, None for NumPy. Raise Wrong."""
+    if library == "torch" and library_of(rows) == "torch":
+        if not rows.requires_grad:
+            raise Wrong("the loss has no graph, it would train nothing: return it not detached")
         torch = sys.modules["torch"]
         grads = torch.autograd.grad(rows.mean(), [*w.values()], allow_unused=True)
         return {k: torch.zeros_like(w[k]) if g is None else g for k, g in zip(w, grads)}
