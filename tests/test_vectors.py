@@ -9,7 +9,7 @@ import re
 import subprocess
 import sys
 import types
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -238,6 +238,11 @@ MARK = "\n# --- imf.py ---\n"
 SOURCE = {name: source(name) for name in ("loss", "imf_loss", "sample", "draw")}
 
 
+@cache
+def code(text):
+    return compile(text, "copy", "exec")
+
+
 def copy(name, *mistakes):
     """Return {name: function} of a copy of meanflow.py, or of imf.py, with these mistakes."""
     edits = [edit for m in mistakes for edit in EDITS[name].get(m.name, m.edits)]
@@ -245,7 +250,7 @@ def copy(name, *mistakes):
     assert text, f"{[m.name for m in mistakes]} are two versions of one line"
     names, original = {"__name__": "meanflow"}, sys.modules["meanflow"]
     for part in text.split(MARK):
-        exec(compile(part, "copy", "exec"), names)
+        exec(code(part), names)
         sys.modules["meanflow"] = types.SimpleNamespace(**names)  # which imf.py imports from
     sys.modules["meanflow"] = original
     return names
