@@ -112,7 +112,7 @@ def imf_vectors(given, w, options):
     kappa, nothing = imf.gate(t, draws), torch.full_like(y, null)
     v_class = net(z, t, t, y, imf.at_all_times(kappa))[1]
     v_null = net(z, t, t, nothing, imf.at_all_times(0 * kappa))[1]
-    v_g = imf.guide(v, kappa, v_class, v_null, drop)
+    v_g = meanflow.mix(v, v_class, v_null, t, drop, 1, meanflow.append_dims(kappa, v), (0, 1))
     given, label = partial(net, guidance=draws), torch.where(drop, null, y)
     (u, v_head), (dudt, _) = meanflow.derivative(given, z, t, r, v_class.detach(), label)
     V = u + meanflow.append_dims(t - r, u) * dudt
