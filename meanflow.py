@@ -123,7 +123,7 @@ def replace(y, null, rows):
 def mix(v, v_class, v_null, t, drop, omega, kappa, interval):
     """Return omega v + kappa v_class + (1 - omega - kappa) v_null where guidance acts, or v."""
     v_g = omega * v + (1 - omega - kappa) * v_null
-    if v_class is not None:
+    if isinstance(kappa, torch.Tensor) or kappa:
         v_g = v_g + kappa * v_class
     guided = (interval[0] <= t) & (t <= interval[1]) & ~drop
     return torch.where(append_dims(guided, v), v_g, v)
@@ -253,8 +253,7 @@ def fast_loss(
         us.append(evaluate(net, *each(lambda a: a[:n], rows)))
     if omega != 1 or kappa != 0:
         v_null, v_class = velocities(net, z, t, y, null, n if kappa else len(x))
-        v_class = torch.cat((*us, v_class)).detach() if kappa else None
-        v = mix(v, v_class, v_null, t, drop, omega, kappa, interval)
+        v = mix(v, torch.cat((*us, v_class)).detach(), v_null, t, drop, omega, kappa, interval)
     if n < len(x):
         z_, t_, r_, y_, v_ = each(lambda a: a[n:], (*rows, v))
         u, differ = derivative(net, z_, t_, r_, v_, y_, jvp=jvp)

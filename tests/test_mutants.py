@@ -116,9 +116,9 @@ MUTANTS = {
         ("one row too many is taken for r = t", "return [*(t == r).tolist(), False].index(False)",
          "return int((t == r).sum())", test_meanflow.test_the_fast_loss_is_the_loss),
         ("the r != t rows see no guidance",
-         "v = mix(v, v_class, v_null, t, drop, omega, kappa, interval)\n    if n",
+         "v = mix(v, torch.cat((*us, v_class)).detach(), v_null, t, drop, omega, kappa, interval)",
          "v = torch.where(append_dims(torch.arange(len(x)) < n, v), mix("
-         "v, v_class, v_null, t, drop, omega, kappa, interval), v)\n    if n",
+         "v, torch.cat((*us, v_class)).detach(), v_null, t, drop, omega, kappa, interval), v)",
          test_meanflow.test_the_fast_loss_is_the_loss),
         ("their tangent sees no guidance", "a[n:], (*rows, v))", "a[n:], (*rows, e - x))",
          test_meanflow.test_the_fast_loss_is_the_loss),
