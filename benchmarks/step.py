@@ -108,6 +108,12 @@ def imf_flow_matching(net, x, y, draws, *, velocity, null, p, c):
     return meanflow.adaptive_loss(u, v, p, c)
 
 
+def guided_velocity(v, kappa, v_class, v_null, t, drop):
+    """Return iMF's guided velocity, for kappa (B,)."""
+    kappa = meanflow.append_dims(kappa, v)
+    return meanflow.mix(v, v_class, v_null, t, drop, 1, kappa, (0, 1))
+
+
 def imf_jvp_with_graph(net, x, y, draws, *, velocity, null, p, c):
     """As in the authors' JAX code: three velocities, then u, v and du/dt by one jvp of all rows."""
     e, t, r, drop, kappa, *_ = draws
@@ -117,7 +123,7 @@ def imf_jvp_with_graph(net, x, y, draws, *, velocity, null, p, c):
         v_null = velocity(z, t, torch.full_like(y, null), 0 * kappa)
         v_full, v_class = velocity(z, t, y, kappa), velocity(z, t, y, inside)
         v_guided = torch.where((t == r)[:, None, None, None], v_full, v_class)
-        v_guided = imf.guide(v, inside, v_guided, v_null, drop)
+        v_guided = guided_velocity(v, inside, v_guided, v_null, t, drop)
     y, net = torch.where(drop, null, y), partial(net, guidance=draws)
     (u, v_head), (dudt, _) = meanflow.derivative(net, z, t, r, v_class, y)
     return imf.velocity_loss(u, v_head, dudt, v_guided, t, r, p, c)
@@ -134,7 +140,7 @@ def imf_jvp_and_forward(net, x, y, draws, *, velocity, null, p, c):
         v_null = net(z, t, t, nothing, imf.at_all_times(0 * kappa))[1]
         _, (dudt, _) = meanflow.derivative(given, z, t, r, v_class, labels)
     u, v_head = given(z, t, r, labels)
-    v_guided = imf.guide(v, kappa, v_class, v_null, drop)
+    v_guided = guided_velocity(v, kappa, v_class, v_null, t, drop)
     return imf.velocity_loss(u, v_head, dudt, v_guided, t, r, p, c)
 
 

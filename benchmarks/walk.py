@@ -33,7 +33,7 @@ import train
 
 RESULTS = Path(__file__).with_name("walk.jsonl")
 STEPS, SEEDS, WIDTH, DEPTH, PATCHES = 600, 3, 64, 4, 16
-JUDGED = (1, 2, 4)  # steps
+JUDGED, IMAGES = (1, 2, 4), 1000  # steps of samples; images whose errors are averaged
 METRICS = [f"{steps} step{'s' * (steps > 1)}" for steps in JUDGED] + ["v", "u"]
 
 
@@ -310,11 +310,10 @@ def fit(dataset, setting, seed, steps):
 
 def errors(net, dataset):
     """Return the mean squared errors, summed over an image, of v at r = t and of u where r < t."""
-    x, y = data.batch(dataset, 1000, seed=0, step=0)
+    x, y = data.batch(dataset, IMAGES, seed=0, step=0)
     draws = meanflow.draw(x.shape, generator=runtime.generator(0, "draws", 0), share=0.5)
     z, v = meanflow.interpolate(x, draws.e, draws.t)
-    n, parts = 500, (z, draws.t, draws.r, v, y)
-    z, t, r, v, y = (part[n:] for part in parts)
+    z, t, r, v, y = (part[IMAGES // 2 :] for part in (z, draws.t, draws.r, v, y))
     with torch.no_grad():
         own = net(z, t, t, y)
         u, dudt = meanflow.derivative(net, z, t, r, own, y, jvp=dual.jvp)
