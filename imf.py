@@ -146,7 +146,7 @@ def fast_loss(net, x, y, draws, *, null, p=1, c=0.01, velocity=None, jvp=jvp, eq
     Where r = t no du/dt is needed, and the class velocity is the v head of the forward pass itself:
     there, guidance must act at all times, as `draw` has it.
     velocity(z, t, y, kappa) -> v at r = t alone, such as partial(imf_velocity, params); None takes
-    that of net. jvp: torch.func.jvp will do; equal: as in meanflow.fast_loss.
+    that of net. jvp, equal: as in meanflow.fast_loss.
     """
     e, t, r, drop, *_ = draws
     z, v = interpolate(x, e, t)

@@ -514,7 +514,7 @@ def parse_guidance(numbers):
     raise ValueError(f"--guidance {' '.join(map(str, numbers))}: {hint}")
 
 
-def choose_recipe(size, batch=None, lr=None, guidance=None):
+def choose_recipe(size, batch=None, lr=None, guidance=None, loss=None):
     """Return the name of a size, with /2, and its Recipe with what was given instead."""
     name = size if size in RECIPES else f"{size}/2"
     if name not in RECIPES:
@@ -522,8 +522,8 @@ def choose_recipe(size, batch=None, lr=None, guidance=None):
         found = "has no recipe: add one to train.RECIPES, or" if known else "is unknown:"
         raise ValueError(f"--size {size} {found} choose one of {', '.join(RECIPES)}")
     recipe = RECIPES[name]
-    if guidance and recipe.guidance is None:
-        raise ValueError(f"--guidance would be ignored as {name} draws its guidance: leave it out")
+    if recipe.guidance is None:
+        runtime.refuse(f"as {name} draws its guidance (iMF)", guidance=guidance, loss=loss)
     if guidance:
         recipe = recipe._replace(guidance=parse_guidance(guidance))
     return name, recipe._replace(batch=batch or recipe.batch, lr=lr or recipe.lr)
@@ -562,7 +562,7 @@ def announce(size, plan, dataset, guidance):
 
 def main(argv, world):
     args = parse_arguments(argv)
-    size, recipe = choose_recipe(args.size, args.batch, args.lr, args.guidance)
+    size, recipe = choose_recipe(args.size, args.batch, args.lr, args.guidance, args.loss)
     precision = args.precision or ("bfloat16" if torch.cuda.is_available() else "float32")
     embedded = args.data is None and size in ("T/2", "iT/2")
     name = "digits" if embedded else args.data or "data/imagenet"

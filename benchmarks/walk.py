@@ -13,6 +13,7 @@ along that velocity. Lines of results go to walk.jsonl as ablations.py writes it
 
 import argparse
 import os
+import time
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -323,7 +324,7 @@ def errors(net, dataset):
 
 def run(job):
     """Return the line of a job: its key, and METRICS, none of them if the training diverged."""
-    prepare, metrics, begun = ablations.prepare, {}, ablations.time.time()
+    prepare, metrics, begun = ablations.prepare, {}, time.time()
     setting = Setting(**job["change"])
     if params := fit(prepare.dataset, setting, job["seed"], job["steps"]):
         net = one_output(setting, params)
@@ -332,7 +333,7 @@ def run(job):
             metrics[name] = ablations.judge(*samples, prepare.reference)["pixels"]
         metrics |= errors(net, prepare.dataset)
     metrics = {name: float(f"{value:.4g}") for name, value in metrics.items()}
-    return job | metrics | {"seconds": round(ablations.time.time() - begun)}
+    return job | metrics | {"seconds": round(time.time() - begun)}
 
 
 # --- all runs ---

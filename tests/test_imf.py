@@ -992,6 +992,8 @@ def test_the_step_size_grows_from_zero(tmp_path):
 def test_an_imf_is_not_told_its_guidance_nor_a_convention(tmp_path):
     with pytest.raises(ValueError, match="--guidance would be ignored as iT/2 draws its guidance"):
         train.main(["--size", "iT", "--guidance", "1", "0.5"], World())
+    with pytest.raises(ValueError, match="--loss would be ignored as iT/2 draws its guidance"):
+        train.main(["--size", "iT", "--loss", "imf"], World())
     path = saved(tmp_path / "x.pth", grey(trains=True))
     words = ["--size", "iT", "--init", str(path), "--out", str(tmp_path / "run")]
     with pytest.raises(ValueError, match="x.pth is a MeanFlow, whose convention is known: leave"):
