@@ -523,7 +523,7 @@ def choose_recipe(size, batch=None, lr=None, guidance=None, loss=None):
         raise ValueError(f"--size {size} {found} choose one of {', '.join(RECIPES)}")
     recipe = RECIPES[name]
     if recipe.guidance is None:
-        runtime.refuse(f"as {name} draws its guidance (iMF)", guidance=guidance, loss=loss)
+        runtime.refuse(f"as {name} draws its guidance in its loss", guidance=guidance, loss=loss)
     if guidance:
         recipe = recipe._replace(guidance=parse_guidance(guidance))
     return name, recipe._replace(batch=batch or recipe.batch, lr=lr or recipe.lr)
